@@ -1,0 +1,184 @@
+"""What an index says, as plain Python values: the image, its layers, their restart points and the merged tree.
+
+Pure data: no I/O, no dependency beyond the standard library. `shim/index/codec.py` turns it into bytes and back,
+`shim/index/build.py` makes it from a registry, `shim/erofs/` and `shim/tree/` show it to the kernel.
+"""
+
+from __future__ import annotations
+
+import enum
+import stat
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import NamedTuple
+
+WINDOW_SIZE = 32768  # RFC 1951: a deflate distance reaches at most 32 KiB back
+BLOCK = 512  # POSIX ustar block; also the EROFS block size
+
+
+class Compression(enum.IntEnum):
+    NONE = 0
+    GZIP = 1
+    ZSTD = 2
+
+
+class Restart(enum.IntEnum):
+    """How reading can begin at a span's first byte."""
+
+    CONTINUE = 0  # it cannot: read on from an earlier span
+    STREAM = 1  # a gzip member, zstd frame or plain byte starts exactly at the compressed offset
+    DEFLATE = 2  # inside a gzip member, at a deflate block: needs the bit offset and the window
+
+
+class Extent(NamedTuple):
+    """`length` bytes at `logical` in the file lie at `offset` of layer `layer`'s uncompressed tar. Gaps are holes."""
+
+    logical: int
+    layer: int
+    offset: int
+    length: int
+
+
+@dataclass(slots=True)
+class Node:
+    """One inode. Hard links are one Node under several names. Directories have `children`, others None.
+
+    mode: st_mode with the type bits; mtime: ns since the epoch (may be negative); rdev: (major, minor) for devices;
+    target: symlink target; extents: file data, sorted by `logical`, disjoint; size: st_size (files; symlinks len(target)).
+    nlink is derived (`Tree.count_links`) and 1 until then.
+    """
+
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    mtime: int = 0
+    size: int = 0
+    rdev: tuple[int, int] = (0, 0)
+    target: bytes = b""
+    xattrs: tuple[tuple[bytes, bytes], ...] = ()
+    extents: tuple[Extent, ...] = ()
+    children: dict[bytes, Node] | None = None
+    nlink: int = 1
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_file(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+    @property
+    def is_symlink(self) -> bool:
+        return stat.S_ISLNK(self.mode)
+
+
+@dataclass(slots=True)
+class Tree:
+    """The merged tree of an image, whiteouts applied. `root` is a directory Node."""
+
+    root: Node
+
+    def walk(self) -> Iterator[tuple[bytes, Node]]:
+        """(path, node) in preorder, names sorted by byte, root first as b"/". No recursion, any depth."""
+        stack: list[tuple[bytes, Node]] = [(b"/", self.root)]
+        while stack:
+            path, node = stack.pop()
+            yield path, node
+            if node.children:
+                base = path if path == b"/" else path + b"/"
+                stack.extend(
+                    (base + name, child) for name, child in sorted(node.children.items(), reverse=True)
+                )
+
+    def count_links(self) -> None:
+        """Set every node's nlink as a POSIX file system would show it (directories: 2 + subdirectories)."""
+        counts: dict[int, int] = {}
+        for _, node in self.walk():
+            counts[id(node)] = counts.get(id(node), 0) + 1
+        for _, node in self.walk():
+            if node.children is not None:
+                node.nlink = 2 + sum(1 for child in node.children.values() if child.children is not None)
+            else:
+                node.nlink = counts[id(node)]
+
+
+@dataclass(slots=True)
+class SpanTable:
+    """A layer's spans: consecutive pieces of its uncompressed bytes, each with a SHA-256, some of them restart points.
+
+    Span i covers uncompressed [ustarts[i], ustarts[i+1]); ustarts has count+1 items, the last is the layer's size, the
+    first 0. cstarts[i] is the compressed offset at which reading of span i begins: for DEFLATE the offset of the first
+    byte not fully consumed before the point (so when bits[i] > 0 the *upper* `bits[i]` bits of byte cstarts[i] are
+    the first ones of the span: the byte has already given its 8 - bits[i] low bits); for CONTINUE it is informative (<= where its bytes begin). cstarts has
+    count+1 items, the last is the compressed size. windows[i] is b"" or the sparse 32 KiB window (WINDOW_SIZE bytes,
+    unreferenced bytes zero). An empty layer (0 bytes) has count == 0.
+    """
+
+    ustarts: array[int] = field(default_factory=lambda: array("Q", [0]))
+    cstarts: array[int] = field(default_factory=lambda: array("Q", [0]))
+    bits: bytearray = field(default_factory=bytearray)
+    kinds: bytearray = field(default_factory=bytearray)
+    digests: bytearray = field(default_factory=bytearray)  # 32 bytes a span
+    windows: list[bytes] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.kinds)
+
+    def digest(self, i: int) -> bytes:
+        return bytes(self.digests[32 * i : 32 * i + 32])
+
+    def find(self, offset: int) -> int:
+        """The span that holds uncompressed `offset` (0 <= offset < size)."""
+        return bisect_right(self.ustarts, offset) - 1
+
+    def restart(self, i: int) -> int:
+        """The nearest span <= i at which reading can begin."""
+        while self.kinds[i] == Restart.CONTINUE:
+            i -= 1
+        return i
+
+    def run_end(self, i: int) -> int:
+        """One past the last span that is read from the same restart point as span i."""
+        i += 1
+        while i < self.count and self.kinds[i] == Restart.CONTINUE:
+            i += 1
+        return i
+
+    def table_digest(self) -> bytes:
+        """SHA-256 over (count, ustarts, digests), little-endian: two tables with it agree on every byte of the layer."""
+        ustarts = array("Q", self.ustarts)
+        return sha256(
+            len(self.kinds).to_bytes(8, "little") + ustarts.tobytes() + bytes(self.digests)
+        ).digest()
+
+
+@dataclass(slots=True)
+class Layer:
+    """One layer of the image, lowest first. Digests are "sha256:<64 hex>"."""
+
+    digest: str  # of the compressed blob, as the manifest names it
+    diff_id: str  # of the uncompressed tar, as the image config names it
+    size: int  # compressed bytes
+    uncompressed_size: int
+    media_type: str
+    compression: Compression
+    spans: SpanTable
+
+
+@dataclass(slots=True)
+class Index:
+    """A whole index. `image` is the canonical reference it was made from, without digest (registry/repository:tag);
+    `digest` the manifest digest of the chosen platform; `config` the raw image config, byte for byte."""
+
+    image: str
+    digest: str
+    platform: str  # os/arch[/variant]
+    config: bytes
+    layers: list[Layer]
+    tree: Tree
+    checkpoint_mib: int = 2

@@ -1,0 +1,236 @@
+"""The one table of settings: YAML key, `CLIP_SHIM_*` variable, default and help all come from here.
+
+Order: defaults < /etc/clip-shim/config.yaml < environment < flags. An unknown key is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shim.errors import ConfigError
+
+DEFAULT_CONFIG = Path("/etc/clip-shim/config.yaml")
+
+
+def _size(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = re.fullmatch(r"(\d+)\s*([kmgt]?)(i?b)?", str(value).strip().lower())
+    if not match:
+        raise ValueError("a size such as 512MiB or 10G")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[match[2]]
+
+
+def _seconds(value: object) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)", str(value).strip().lower())
+    if not match:
+        raise ValueError("a duration such as 500ms, 60s or 5m")
+    return float(match[1]) * {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def _bool(value: object) -> bool:
+    text = str(value).strip().lower()
+    if text in ("true", "yes", "on", "1"):
+        return True
+    if text in ("false", "no", "off", "0"):
+        return False
+    raise ValueError("true or false")
+
+
+def _int(value: object) -> int:
+    if isinstance(value, bool):
+        raise ValueError("a whole number")
+    return int(str(value))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text")
+    return value
+
+
+def _path(value: object) -> str:
+    text = _text(value)
+    if not text.startswith("/"):
+        raise ValueError("an absolute path")
+    return text
+
+
+def _paths(value: object) -> tuple[str, ...]:
+    items = value.split(":") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError("a list of absolute paths")
+    return tuple(_path(item) for item in items if item != "")
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError("a list of texts")
+    return tuple(_text(item) for item in items if item != "")
+
+
+def _choice(*allowed: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if value not in allowed:
+            raise ValueError("one of " + ", ".join(allowed))
+        return str(value)
+
+    return parse
+
+
+def _table(value: object) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError("a table")
+    return dict(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    key: (
+        str  # dotted YAML path; the environment name is CLIP_SHIM_ + key with dots as underscores, upper case
+    )
+    parse: Callable[[object], Any]
+    default: Any  # as a person would write it in YAML
+    help: str
+
+    @property
+    def env(self) -> str:
+        return "CLIP_SHIM_" + self.key.replace(".", "_").upper()
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        "state_dir", _path, "/var/lib/clip-shim", "what survives a reboot: cache, trees, indexes, uppers"
+    ),
+    Setting(
+        "run_dir", _path, "/run/clip-shim", "what does not: sockets, mounts, state of running containers"
+    ),
+    Setting(
+        "runtimes",
+        _texts,
+        ["/usr/sbin/runc", "/usr/bin/runc", "/usr/local/sbin/runc", "/usr/bin/crun"],
+        "low-level runtimes, the first that exists is used",
+    ),
+    Setting(
+        "tree",
+        _choice("auto", "erofs", "erofs-loop", "fuse"),
+        "auto",
+        "how a tree is mounted; auto takes the best that works here",
+    ),
+    Setting("read_deadline", _seconds, "60s", "how long a read may wait for the registry before it gets EIO"),
+    Setting("mount_deadline", _seconds, "30s", "how long a create may wait for its tree"),
+    Setting("tree_linger", _seconds, "5m", "how long a tree stays mounted after its last user"),
+    Setting("fetch.threads", _int, 8, "how many ranges are fetched at once"),
+    Setting(
+        "fetch.readahead", _size, "8MiB", "how far sequential reads are fetched ahead, uncompressed bytes"
+    ),
+    Setting("reference.annotation", _bool, True, "accept the annotation io.clip.index"),
+    Setting("reference.bundle", _bool, True, "accept index.clip in the bundle directory"),
+    Setting("reference.marker", _bool, True, "accept /.clip/index.clip in the rootfs' lower layers"),
+    Setting("reference.env", _bool, False, "accept CLIP_INDEX in process.env: names and digests only"),
+    Setting(
+        "trust.paths",
+        _paths,
+        ["/var/lib/clip-shim/indexes", "/etc/clip-shim/indexes"],
+        "directories an annotation's path may lie under; they must be root's",
+    ),
+    Setting(
+        "trust.registries",
+        _texts,
+        ["*"],
+        "registries an index may lead to (host[:port], * matches any that is not loopback or link-local)",
+    ),
+    Setting("registries", _table, {}, "per registry: mirrors, ca, client certificate, plain http, headers"),
+    Setting("log.level", _choice("debug", "info", "warning", "error"), "info", "least level that is logged"),
+    Setting(
+        "log.format",
+        _choice("auto", "console", "json"),
+        "auto",
+        "auto is console on a terminal, json elsewhere",
+    ),
+)
+BY_KEY = {setting.key: setting for setting in SETTINGS}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Parsed settings. `settings["fetch.threads"]` gives the parsed value; `source` says where a key came from."""
+
+    values: Mapping[str, Any]
+    source: Mapping[str, str]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    @property
+    def state_dir(self) -> Path:
+        return Path(self["state_dir"])
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self["run_dir"])
+
+
+def _flatten(data: Mapping[str, object], prefix: str, where: str) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    groups = {key.rsplit(".", 1)[0] for key in BY_KEY if "." in key}
+    for name, value in data.items():
+        key = prefix + str(name)
+        if key in BY_KEY:
+            flat[key] = value
+        elif key in groups and isinstance(value, dict):
+            flat |= _flatten(value, key + ".", where)
+        else:
+            near = difflib.get_close_matches(key, [*BY_KEY, *groups], n=1)
+            hint = f"did you mean `{near[0]}`?" if near else None
+            raise ConfigError(f"{where}: unknown key `{key}`", hint=hint)
+    return flat
+
+
+def load(
+    path: Path | None = None, env: Mapping[str, str] | None = None, flags: Mapping[str, object] | None = None
+) -> Settings:
+    """Read all sources. A missing default file is fine, a missing file that was named is not.
+
+    Raises ConfigError: one line that names the file or variable, the key and what it should be.
+    """
+    env = os.environ if env is None else env
+    named = path or (Path(env["CLIP_SHIM_CONFIG"]) if "CLIP_SHIM_CONFIG" in env else None)
+    raw: dict[str, tuple[object, str]] = {s.key: (s.default, "default") for s in SETTINGS}
+    file = named or DEFAULT_CONFIG
+    if named is not None or file.exists():
+        raw |= {key: (value, str(file)) for key, value in _read_yaml(file).items()}
+    raw |= {s.key: (env[s.env], s.env) for s in SETTINGS if s.env in env and s.parse is not _table}
+    raw |= {key: (value, "flag") for key, value in (flags or {}).items() if value is not None}
+    values: dict[str, Any] = {}
+    for key, (value, where) in raw.items():
+        try:
+            values[key] = BY_KEY[key].parse(value)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{where}: `{key}` is {value!r}, it must be {error}") from None
+    return Settings(values, {key: where for key, (_, where) in raw.items()})
+
+
+def _read_yaml(file: Path) -> dict[str, object]:
+    import yaml  # late: the command line's quick verbs do not need it
+
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file} must hold a table of settings")
+    return _flatten(data, "", str(file))
