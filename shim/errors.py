@@ -36,7 +36,7 @@ class ConfigError(ShimError):
     default_hint = "see `clip-shim config default` for every key and its default"
 
 
-class ReferenceError_(UsageError):
+class ImageReferenceError(UsageError):
     """An image reference is malformed, or is a local path where a registry reference is needed."""
 
     default_hint = "give a registry reference, for example docker.io/library/python:3.12"
@@ -57,9 +57,7 @@ class LayerError(ShimError):
 class IntegrityError(ShimError):
     """Bytes do not hash to what the index or manifest says. They were not served."""
 
-    default_hint = (
-        "the registry or a mirror serves wrong bytes: run `clip-shim verify INDEX` to see which layer"
-    )
+    default_hint = "the registry or a mirror serves wrong bytes: run `clip-shim verify INDEX` to see which layer"
 
 
 class RegistryError(ShimError):

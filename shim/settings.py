@@ -95,9 +95,7 @@ def _table(value: object) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    key: (
-        str  # dotted YAML path; the environment name is CLIP_SHIM_ + key with dots as underscores, upper case
-    )
+    key: str  # dotted YAML path; the environment name is CLIP_SHIM_ + key with dots as underscores, upper case
     parse: Callable[[object], Any]
     default: Any  # as a person would write it in YAML
     help: str
@@ -108,12 +106,8 @@ class Setting:
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting(
-        "state_dir", _path, "/var/lib/clip-shim", "what survives a reboot: cache, trees, indexes, uppers"
-    ),
-    Setting(
-        "run_dir", _path, "/run/clip-shim", "what does not: sockets, mounts, state of running containers"
-    ),
+    Setting("state_dir", _path, "/var/lib/clip-shim", "what survives a reboot: cache, trees, indexes, uppers"),
+    Setting("run_dir", _path, "/run/clip-shim", "what does not: sockets, mounts, state of running containers"),
     Setting(
         "runtimes",
         _texts,
@@ -130,9 +124,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("mount_deadline", _seconds, "30s", "how long a create may wait for its tree"),
     Setting("tree_linger", _seconds, "5m", "how long a tree stays mounted after its last user"),
     Setting("fetch.threads", _int, 8, "how many ranges are fetched at once"),
-    Setting(
-        "fetch.readahead", _size, "8MiB", "how far sequential reads are fetched ahead, uncompressed bytes"
-    ),
+    Setting("fetch.readahead", _size, "8MiB", "how far sequential reads are fetched ahead, uncompressed bytes"),
     Setting("reference.annotation", _bool, True, "accept the annotation io.clip.index"),
     Setting("reference.bundle", _bool, True, "accept index.clip in the bundle directory"),
     Setting("reference.marker", _bool, True, "accept /.clip/index.clip in the rootfs' lower layers"),

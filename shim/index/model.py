@@ -90,9 +90,7 @@ class Tree:
             yield path, node
             if node.children:
                 base = path if path == b"/" else path + b"/"
-                stack.extend(
-                    (base + name, child) for name, child in sorted(node.children.items(), reverse=True)
-                )
+                stack.extend((base + name, child) for name, child in sorted(node.children.items(), reverse=True))
 
     def count_links(self) -> None:
         """Set every node's nlink as a POSIX file system would show it (directories: 2 + subdirectories)."""
@@ -152,9 +150,7 @@ class SpanTable:
     def table_digest(self) -> bytes:
         """SHA-256 over (count, ustarts, digests), little-endian: two tables with it agree on every byte of the layer."""
         ustarts = array("Q", self.ustarts)
-        return sha256(
-            len(self.kinds).to_bytes(8, "little") + ustarts.tobytes() + bytes(self.digests)
-        ).digest()
+        return sha256(len(self.kinds).to_bytes(8, "little") + ustarts.tobytes() + bytes(self.digests)).digest()
 
 
 @dataclass(slots=True)
