@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 WINDOW_SIZE = 32768  # RFC 1951: a deflate distance reaches at most 32 KiB back
 BLOCK = 512  # POSIX ustar block; also the EROFS block size
@@ -47,8 +47,8 @@ class Node:
     """One inode. Hard links are one Node under several names. Directories have `children`, others None.
 
     mode: st_mode with the type bits; mtime: ns since the epoch (may be negative); rdev: (major, minor) for devices;
-    target: symlink target; extents: file data, sorted by `logical`, disjoint; size: st_size (files; symlinks len(target)).
-    nlink is derived (`Tree.count_links`) and 1 until then.
+    target: symlink target; extents: file data, sorted by `logical`, disjoint; size: st_size (files; symlinks
+    len(target)). nlink is derived (`Tree.count_links`) and 1 until then.
     """
 
     mode: int
@@ -104,6 +104,48 @@ class Tree:
                 node.nlink = counts[id(node)]
 
 
+class Spans(Protocol):
+    """What reading a layer needs of its spans. `SpanTable` holds them in memory, `spanfile.SpanFile` maps a file.
+
+    0 <= i < count, except that `ustart` and `cstart` take i == count too (the layer's sizes). Nothing here blocks on
+    more than the local disk, and all of it may be called from any thread.
+    """
+
+    @property
+    def count(self) -> int:
+        """Spans in the layer; 0 for an empty layer."""
+
+    def ustart(self, i: int) -> int:
+        """The uncompressed offset at which span i begins."""
+
+    def cstart(self, i: int) -> int:
+        """The compressed offset at which reading of span i begins (see `SpanTable`)."""
+
+    def bit(self, i: int) -> int:
+        """For a DEFLATE point, how many upper bits of byte `cstart(i)` are the span's first ones; otherwise 0."""
+
+    def kind(self, i: int) -> int:
+        """A `Restart` value."""
+
+    def digest(self, i: int) -> bytes:
+        """SHA-256 (32 bytes) of the span's uncompressed bytes."""
+
+    def window(self, i: int) -> bytes:
+        """b"" or the WINDOW_SIZE bytes before the point, those that nothing refers to being zero."""
+
+    def find(self, offset: int) -> int:
+        """The span that holds uncompressed `offset` (0 <= offset < size)."""
+
+    def restart(self, i: int) -> int:
+        """The nearest span <= i at which reading can begin."""
+
+    def run_end(self, i: int) -> int:
+        """One past the last span that is read from the same restart point as span i."""
+
+    def table_digest(self) -> bytes:
+        """SHA-256 over (count, ustarts, digests): two tables with it agree on every byte of the layer."""
+
+
 @dataclass(slots=True)
 class SpanTable:
     """A layer's spans: consecutive pieces of its uncompressed bytes, each with a SHA-256, some of them restart points.
@@ -111,8 +153,8 @@ class SpanTable:
     Span i covers uncompressed [ustarts[i], ustarts[i+1]); ustarts has count+1 items, the last is the layer's size, the
     first 0. cstarts[i] is the compressed offset at which reading of span i begins: for DEFLATE the offset of the first
     byte not fully consumed before the point (so when bits[i] > 0 the *upper* `bits[i]` bits of byte cstarts[i] are
-    the first ones of the span: the byte has already given its 8 - bits[i] low bits); for CONTINUE it is informative (<= where its bytes begin). cstarts has
-    count+1 items, the last is the compressed size. windows[i] is b"" or the sparse 32 KiB window (WINDOW_SIZE bytes,
+    the first ones of the span: the byte has already given its 8 - bits[i] low bits); for CONTINUE it is informative
+    (<= where its bytes begin). cstarts has count+1 items, the last is the compressed size. windows[i] is b"" or the sparse 32 KiB window (WINDOW_SIZE bytes,
     unreferenced bytes zero). An empty layer (0 bytes) has count == 0.
     """
 
@@ -127,8 +169,23 @@ class SpanTable:
     def count(self) -> int:
         return len(self.kinds)
 
+    def ustart(self, i: int) -> int:
+        return self.ustarts[i]
+
+    def cstart(self, i: int) -> int:
+        return self.cstarts[i]
+
+    def bit(self, i: int) -> int:
+        return self.bits[i]
+
+    def kind(self, i: int) -> int:
+        return self.kinds[i]
+
     def digest(self, i: int) -> bytes:
         return bytes(self.digests[32 * i : 32 * i + 32])
+
+    def window(self, i: int) -> bytes:
+        return self.windows[i]
 
     def find(self, offset: int) -> int:
         """The span that holds uncompressed `offset` (0 <= offset < size)."""
@@ -148,7 +205,7 @@ class SpanTable:
         return i
 
     def table_digest(self) -> bytes:
-        """SHA-256 over (count, ustarts, digests), little-endian: two tables with it agree on every byte of the layer."""
+        """SHA-256 over (count, ustarts, digests), little-endian: tables that share it agree on every byte."""
         ustarts = array("Q", self.ustarts)
         return sha256(len(self.kinds).to_bytes(8, "little") + ustarts.tobytes() + bytes(self.digests)).digest()
 
