@@ -154,8 +154,8 @@ class SpanTable:
     first 0. cstarts[i] is the compressed offset at which reading of span i begins: for DEFLATE the offset of the first
     byte not fully consumed before the point (so when bits[i] > 0 the *upper* `bits[i]` bits of byte cstarts[i] are
     the first ones of the span: the byte has already given its 8 - bits[i] low bits); for CONTINUE it is informative
-    (<= where its bytes begin). cstarts has count+1 items, the last is the compressed size. windows[i] is b"" or the sparse 32 KiB window (WINDOW_SIZE bytes,
-    unreferenced bytes zero). An empty layer (0 bytes) has count == 0.
+    (<= where its bytes begin). cstarts has count+1 items, the last is the compressed size. windows[i] is b"" or the
+    sparse 32 KiB window (WINDOW_SIZE bytes, unreferenced bytes zero). An empty layer (0 bytes) has count == 0.
     """
 
     ustarts: array[int] = field(default_factory=lambda: array("Q", [0]))
