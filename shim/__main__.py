@@ -1,3 +1,4 @@
 from shim.cli.main import main
 
-raise SystemExit(main())
+if __name__ == "__main__":  # job processes of the daemon import this module again
+    raise SystemExit(main())

@@ -1,0 +1,31 @@
+"""`clip-shim daemon`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = sub.add_parser(
+        "daemon",
+        help="serve lazily loaded trees",
+        description="Serve lazily loaded trees. The wrapper starts one by itself when none runs; systemd may do it too.",
+    )
+    parser.add_argument("--supervise", action="store_true", help="stay as a small parent that restarts the server")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="configuration instead of /etc/clip-shim/config.yaml"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    arguments = ["--config", str(args.config)] if args.config else []
+    if args.supervise:
+        from shim.daemon.supervise import supervise
+
+        return supervise(arguments)
+    from shim import settings
+    from shim.daemon.server import serve
+
+    return serve(settings.load(args.config))

@@ -1,0 +1,91 @@
+"""The command line: one table of verbs. What is no verb of ours is runc's command line and goes to the wrapper as it is."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+from shim import __version__
+from shim.errors import ShimError, UsageError
+
+# verb -> (module, line of help); the module has add_parser(sub) and is imported only for its own verb
+VERBS: dict[str, tuple[str, str]] = {
+    "index": ("shim.cli.index", "make an index of an image, straight from its registry"),
+    "inspect": ("shim.cli.inspect", "say what an index file holds"),
+    "verify": ("shim.cli.verify", "check an index file against the registry"),
+    "mount": ("shim.cli.mount", "mount an image's tree on a directory"),
+    "umount": ("shim.cli.umount", "undo `mount`"),
+    "daemon": ("shim.cli.daemon", "serve lazily loaded trees"),
+    "status": ("shim.cli.status", "show images, containers and layers in use"),
+    "config": ("shim.cli.config", "show or check the configuration"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors look like all our others: one line and a hint, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"see `{self.prog} --help`")
+
+
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all verbs, or (faster to make) of verb `only`."""
+    parser = _Parser(
+        prog="clip-shim",
+        description="Start any OCI image in about a second: an OCI runtime over lazily loaded trees.",
+        epilog="Anything else is runc's command line and is handed to the runtime as it is.",
+    )
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    sub = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    for verb, (module, _) in VERBS.items():
+        if only is None or verb == only:
+            importlib.import_module(module).add_parser(sub)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 1 failed, 2 usage."""
+    args = sys.argv[1:] if argv is None else argv
+    words = [word for word in args if word != "--debug"] if args[:1] == ["--debug"] else args
+    verb = words[0] if words else "--help"
+    if verb not in VERBS and verb not in ("-h", "--help", "help"):
+        from shim.runtime.main import main as runtime_main
+
+        return runtime_main(args)
+    debug = "--debug" in args
+    try:
+        if verb not in VERBS:
+            build_parser().print_help()
+            return 0
+        namespace = build_parser(verb).parse_args(args)
+        return int(namespace.run(namespace))
+    except ShimError as error:
+        return report(error, debug)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `clip-shim … | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return report(ShimError(f"{where}{error.strerror or error}"), debug)
+
+
+def report(error: ShimError, debug: bool) -> int:
+    """Print an error as people see all of ours, and give its exit code."""
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    return error.exit_code
+
+
+def version() -> str:
+    return f"clip-shim version {__version__}"

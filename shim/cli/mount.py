@@ -1,0 +1,41 @@
+"""`clip-shim mount INDEX DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = sub.add_parser(
+        "mount",
+        help="mount an image's tree on a directory",
+        description="Mount the tree of an index file, read-only, on a directory. Bytes are fetched when they are read.",
+    )
+    parser.add_argument("index", type=Path, metavar="INDEX", help="index file made by `clip-shim index`")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where; it must exist")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from shim import settings
+    from shim.errors import MountError, UsageError
+    from shim.mount import syscalls
+    from shim.runtime import client, install
+
+    if not args.directory.is_dir():
+        raise UsageError(f"{args.directory} is not a directory", hint="make it first with mkdir")
+    loaded = settings.load()
+    fd = os.open(args.index, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    timeout = float(loaded["mount_deadline"])
+    with client.connect(str(loaded.run_dir), start=install.daemon_command(loaded), timeout=timeout) as connection:
+        request = {"v": 1, "op": "acquire", "source": "mount", "value": str(args.index.absolute())}
+        answer = connection.request(request, fds=(fd,), timeout=timeout + 10)
+        # A clone has a life of its own: the daemon may unmount its tree, ours stays until `umount`.
+        try:
+            clone = syscalls.open_tree(answer["tree"], syscalls.OPEN_TREE_CLONE)
+            syscalls.move_mount(clone, str(args.directory.resolve()))
+        except OSError as error:
+            raise MountError(f"cannot mount on {args.directory}: {error.strerror}") from error
+    return 0

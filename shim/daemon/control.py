@@ -1,0 +1,137 @@
+"""The control socket: one JSON object a line in each direction, file descriptors beside a request (see ARCHITECTURE.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shim import log
+from shim.daemon.trees import Lease
+from shim.errors import DaemonError, ShimError
+
+_MAX_LINE = 1 << 16  # bytes; a request names one container
+_MAX_FDS = 4
+_MAX_CONNECTIONS = 512
+
+Answer = dict[str, Any]
+Handler = Callable[["Session", dict[str, Any], list[int]], Answer]
+
+
+class Session:
+    """One connection. What it holds (leases) goes when it closes, however the peer died."""
+
+    def __init__(self) -> None:
+        self.leases: list[Lease] = []
+
+    def close(self) -> None:
+        while self.leases:
+            self.leases.pop().release()
+
+
+class ControlServer:
+    """Serves RUN/control.sock. One thread a connection; connections are short, or wait in one acquire.
+
+    Only root of the initial user namespace may talk: the socket is 0600 in a 0700 directory, and a peer whose uid is
+    not 0 as *we* see it (which is what SO_PEERCRED gives, also across user namespaces) is refused.
+    """
+
+    def __init__(self, path: Path, handlers: dict[str, Handler]) -> None:
+        self._path = path
+        self._handlers = handlers
+        self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        path.unlink(missing_ok=True)
+        old = os.umask(0o177)
+        try:
+            self._socket.bind(str(path))
+        finally:
+            os.umask(old)
+        self._socket.listen(256)
+
+    def serve(self) -> None:
+        """Accept until `close`; runs in a thread of its own."""
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return  # closed
+            self._slots.acquire()
+            threading.Thread(target=self._connection, args=(connection,), name="control", daemon=True).start()
+
+    def close(self) -> None:
+        self._path.unlink(missing_ok=True)
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._socket.close()
+
+    def _connection(self, connection: socket.socket) -> None:
+        session = Session()
+        try:
+            with connection:
+                self._converse(connection, session)
+        except OSError as error:
+            log.debug("control connection ended", error=str(error))
+        finally:
+            session.close()
+            self._slots.release()
+
+    def _converse(self, connection: socket.socket, session: Session) -> None:
+        pid, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != 0:
+            connection.sendall(_line(_failure(DaemonError("only root may talk to the daemon", hint="use sudo"))))
+            log.warning("control connection refused", pid=pid, uid=uid)
+            return
+        buffer = b""
+        fds: list[int] = []
+        try:
+            while True:
+                while b"\n" not in buffer:
+                    data, more, _, _ = socket.recv_fds(connection, _MAX_LINE, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+                    fds += more
+                    if not data or len(fds) > _MAX_FDS:
+                        return
+                    buffer += data
+                    if len(buffer) > _MAX_LINE:
+                        connection.sendall(_line(_failure(DaemonError("the request is too long"))))
+                        return
+                line, _, buffer = buffer.partition(b"\n")
+                connection.sendall(_line(self._answer(session, line, fds)))
+                while fds:
+                    os.close(fds.pop())
+        finally:
+            while fds:
+                os.close(fds.pop())
+
+    def _answer(self, session: Session, line: bytes, fds: list[int]) -> Answer:
+        try:
+            request = json.loads(line)
+            if not isinstance(request, dict) or request.get("v") != 1:
+                raise DaemonError("the request is not of protocol version 1", hint="wrapper and daemon differ: restart")
+            handler = self._handlers.get(str(request.get("op")))
+            if handler is None:
+                raise DaemonError(f"unknown operation {str(request.get('op'))[:40]!r}")
+            return {"ok": True, **handler(session, request, fds)}
+        except ShimError as error:
+            log.warning("request failed", error=str(error), hint=error.hint)
+            return _failure(error)
+        except (ValueError, RecursionError) as error:
+            return _failure(DaemonError(f"the request is not valid: {error}"))
+        except Exception as error:  # one bad request must not end the daemon; the trace goes to the log
+            log.exception("request failed")
+            return _failure(DaemonError(f"internal error: {type(error).__name__}: {error}"))
+
+
+def _failure(error: ShimError) -> Answer:
+    return {"ok": False, "kind": type(error).__name__, "error": str(error), "hint": error.hint}
+
+
+def _line(answer: Answer) -> bytes:
+    return json.dumps(answer).encode() + b"\n"

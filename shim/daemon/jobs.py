@@ -1,0 +1,81 @@
+"""Work that the serving process must not do itself, run in short-lived processes with a deadline.
+
+Two reasons. (1) CPU-bound Python (index decode, EROFS build) would take the GIL from the threads that answer reads. (2) A
+thread inside mount(2) or stat(2) of a path that this very server answers for cannot be killed until somebody answers:
+a process that dies with such a thread stays unreaped. A job that passes its deadline is killed and left to the fork server.
+
+Jobs are forked by multiprocessing's fork server, which has the needed modules imported: about 15 ms a job.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from multiprocessing import forkserver  # type: ignore[attr-defined,unused-ignore]
+from multiprocessing.connection import Connection
+from typing import Any, ParamSpec, TypeVar
+
+from shim.errors import DaemonError, ShimError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def start() -> None:
+    """Start the fork server now (it imports the job modules in the background)."""
+    _context.set_forkserver_preload(["shim.daemon.prepare", "shim.daemon.mounter"])
+    forkserver.ensure_running()
+
+
+def run(deadline: float, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call `func` (a module-level function) in a process of its own; give its result or raise its ShimError.
+
+    Raises DaemonError when it passes `deadline` (seconds; it is killed) or dies without an answer.
+    """
+    ours, theirs = _context.Pipe(duplex=False)
+    name = func.__name__.replace("_", " ")
+    process = _context.Process(target=_child, args=(theirs, func, args, kwargs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(deadline):
+            raise DaemonError(f"{name} took longer than {deadline:g} s and was stopped", hint=_SLOW)
+        kind, value = ours.recv()
+    except EOFError:
+        process.join(1)
+        raise DaemonError(f"{name} died unexpectedly (exit status {process.exitcode})") from None
+    finally:
+        ours.close()
+        if process.is_alive():
+            process.join(0.2)
+            process.kill()
+        process.join(1)
+    if kind == "error":
+        raise value
+    result: R = value
+    return result
+
+
+_SLOW = "the registry or the disk is slow: see `clip-shim status --waiting`, or raise `mount_deadline`"
+
+
+def _child(answer: Connection, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        result: tuple[str, Any] = ("ok", func(*args, **kwargs))
+    except ShimError as error:
+        result = ("error", error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        result = ("error", DaemonError(f"{func.__name__.replace('_', ' ')}: {where}{error.strerror or error}"))
+    except Exception as error:  # noqa: BLE001  the process ends here: its last word is the error
+        import traceback
+
+        trace = "".join(traceback.format_exception(error)[-3:])
+        result = ("error", DaemonError(f"{func.__name__.replace('_', ' ')} failed: {error!r}", hint=trace))
+    answer.send(result)
+    answer.close()

@@ -1,0 +1,115 @@
+"""Jobs that touch mounts: run in processes of their own, never in the server (see jobs.py)."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+from shim.daemon import prepare
+from shim.errors import IntegrityError, MountError
+from shim.mount import mountinfo, syscalls
+
+
+def probe_tier(work: str) -> tuple[str, str]:
+    """The best way to mount a tree that works here, by trying: (tier, reason)."""
+    from shim.mount import probe
+
+    tier, reason = probe.probe_tier(Path(work))
+    return tier, reason
+
+
+def build_and_mount(*, directory: str, blobs: str, names: list[str], **mount: Any) -> None:
+    """Write the EROFS image of a prepared tree unless it is there, then `mount_tree` it: one job for both."""
+    prepare.build_image(directory, blobs, names)
+    mount_tree(image=os.path.join(directory, "image.erofs"), blobs=blobs, names=names, **mount)
+
+
+def mount_tree(
+    image: str, blobs: str, names: list[str], sizes: list[int], target: str, tier: str, probes: list[dict[str, Any]]
+) -> None:
+    """Mount an EROFS image over its blob files at `target`, then compare first bytes with the layers'.
+
+    EROFS believes any device it is given (wrong ones give silently wrong bytes), so number, order and size
+    are checked before, and the probes after. Undone if anything fails.
+    """
+    devices = [os.path.join(blobs, name) for name in names]
+    for device, size in zip(devices, sizes, strict=True):
+        found = os.stat(device).st_size
+        if found != (size + 511) // 512 * 512:
+            raise MountError(f"layer file {os.path.basename(device)} has {found} bytes, the index says {size}")
+    if os.path.ismount(target):
+        _unmount(target)
+    os.makedirs(target, 0o700, exist_ok=True)
+    _mount(tier, image, devices, target)
+    try:
+        for item in probes:
+            _compare(item, target, devices)
+    except BaseException:
+        _unmount(target)
+        raise
+
+
+def _mount(tier: str, image: str, devices: list[str], target: str) -> None:
+    if tier == "erofs-loop":
+        from shim.mount.loop import mount_erofs_loop
+
+        mount_erofs_loop(image, devices, target)
+    else:
+        from shim.mount.erofs import mount_erofs
+
+        mount_erofs(image, devices, target)
+
+
+def _compare(item: dict[str, Any], target: str, devices: list[str]) -> None:
+    path = target + os.fsdecode(os.fsencode(item["path"]))
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        shown = os.pread(fd, item["length"], 0)
+    finally:
+        os.close(fd)
+    fd = os.open(devices[item["layer"]], os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        held = os.pread(fd, item["length"], item["offset"])
+    finally:
+        os.close(fd)
+    if shown != held:
+        raise IntegrityError(f"the mounted tree shows other bytes for {item['path']} than layer {item['layer']} holds")
+
+
+def unmount_tree(target: str) -> bool:
+    """Unmount a tree if it is mounted. Containers keep theirs: an overlay holds a clone of its own."""
+    if not any(entry.mount_point == os.fsencode(target) for entry in mountinfo.read()):
+        return False
+    _unmount(target)
+    return True
+
+
+def unmount_blobs(path: str) -> None:
+    """Unmount the blob files, never lazily: the last RELEASE of an open file would not come."""
+    syscalls.umount2(path, 0)
+
+
+def _unmount(target: str) -> None:
+    try:
+        syscalls.umount2(target, 0)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        syscalls.umount2(target, syscalls.MNT_DETACH)  # somebody's cwd: the superblock goes when they do
+
+
+def clear_stale(run_dir: str) -> list[str]:
+    """Detach what a dead daemon left below RUN: its trees, then its blobs. Returns the paths.
+
+    Nobody serves them any more, so nothing that could still be answered is lost. Overlays of running containers stay.
+    """
+    gone = []
+    prefix = os.fsencode(run_dir) + b"/"
+    for entry in reversed(list(mountinfo.read())):
+        below = entry.mount_point.startswith((prefix + b"trees/", prefix + b"blobs"))
+        if below and entry.fs_type in (b"erofs", b"fuse", b"fuse.clip-shim", b"fuse.clip-shim-tree"):
+            syscalls.umount2(os.fsdecode(entry.mount_point), syscalls.MNT_DETACH)
+            gone.append(os.fsdecode(entry.mount_point))
+    return gone

@@ -1,0 +1,47 @@
+"""sd_notify(3): tell whoever started us (systemd, or our own supervisor) how we are. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+def notify(text: str, fds: list[int] | None = None) -> bool:
+    """Send `text` (lines of KEY=VALUE), with descriptors for FDSTORE=1. False if nobody listens."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return False
+    if address[0] == "@":
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.connect(address)
+            if fds:
+                socket.send_fds(sock, [text.encode()], fds)
+            else:
+                sock.sendall(text.encode())
+        except OSError:
+            return False
+    return True
+
+
+def ready() -> None:
+    """We serve: say so to the service manager, and on the pipe that a wrapper which started us waits on."""
+    notify(f"READY=1\nMAINPID={os.getpid()}")
+    _tell_pipe("READY")
+
+
+def failed(message: str) -> None:
+    """We cannot start: `message` is one line for the person who waits."""
+    notify("STATUS=" + message.replace("\n", " "))
+    _tell_pipe("ERROR " + message.replace("\n", " "))
+
+
+def _tell_pipe(line: str) -> None:
+    text = os.environ.pop("CLIP_SHIM_READY_FD", "")
+    if text.isdigit():
+        try:
+            os.write(int(text), line.encode() + b"\n")
+            os.close(int(text))
+        except OSError:
+            pass  # the wrapper gave up waiting

@@ -1,0 +1,169 @@
+"""Job: turn an index file into what a mount needs, under STATE/trees/<index hex>/.
+
+    index.clip        the index, as it was given (written by the daemon before the job)
+    spans.<n>         layer n's span table (shim/index/spanfile.py)
+    image.erofs       the EROFS metadata image; absent until it is first needed
+    meta.json         everything else the daemon needs; written last: without it the directory counts as empty
+
+Every file is written under a temporary name and renamed, so the job can be killed anywhere and run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from shim.errors import IndexFormatError
+from shim.index import codec, spanfile
+from shim.index.model import Index, Node, Tree
+
+META_VERSION = 1
+_MAX_LINKS = 40  # Linux: MAXSYMLINKS
+
+
+def blob_name(diff_id: str, table_digest: bytes) -> str:
+    """The name of a layer's blob file: bound to the span table, so no index can fill another's cache."""
+    return f"{diff_id.partition(':')[2]}-{table_digest.hex()[:16]}"
+
+
+def prepare_tree(directory: str) -> dict[str, Any]:
+    """Decode and validate `directory`/index.clip, write the span files and meta.json; returns the meta."""
+    base = Path(directory)
+    index = codec.read_index(base / "index.clip")
+    layers = []
+    for number, layer in enumerate(index.layers):
+        spanfile.write_span_file(base / f"spans.{number}", layer)
+        layers.append(
+            {
+                "digest": layer.digest,
+                "diff_id": layer.diff_id,
+                "size": layer.size,
+                "uncompressed_size": layer.uncompressed_size,
+                "compression": int(layer.compression),
+                "blob": blob_name(layer.diff_id, layer.spans.table_digest()),
+            }
+        )
+    meta = {
+        "version": META_VERSION,
+        "image": index.image,
+        "digest": index.digest,
+        "platform": index.platform,
+        "layers": layers,
+        "symlinks": _root_symlinks(index.tree),
+        "dirs": [name for name in ("proc", "dev", "sys") if _is_dir(index.tree.root, name.encode())],
+        "probes": _probes(index),
+    }
+    _commit(base / "meta.json", lambda out: out.write(json.dumps(meta).encode()))
+    return meta
+
+
+def read_meta(directory: Path) -> dict[str, Any] | None:
+    """The meta of a directory that `prepare_tree` finished, else None."""
+    try:
+        meta = json.loads((directory / "meta.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return meta if isinstance(meta, dict) and meta.get("version") == META_VERSION else None
+
+
+def build_image(directory: str, blobs: str, names: list[str]) -> None:
+    """Write image.erofs unless it is there. Data that EROFS cannot map is read through the blob files."""
+    base = Path(directory)
+    if (base / "image.erofs").exists():
+        return
+    from shim.erofs.writer import write_image
+
+    index = codec.read_index(base / "index.clip")
+    sizes = [layer.uncompressed_size for layer in index.layers]
+
+    def read_layer(layer: int, offset: int, length: int) -> bytes:
+        with open(os.path.join(blobs, names[layer]), "rb", buffering=0) as blob:
+            data = b""
+            while len(data) < length:
+                piece = os.pread(blob.fileno(), length - len(data), offset + len(data))
+                if not piece:
+                    raise IndexFormatError(f"layer {layer} ends before byte {offset + length}")
+                data += piece
+            return data
+
+    _commit(base / "image.erofs", lambda out: write_image(index.tree, sizes, out, read_layer))
+
+
+def _commit(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as out:
+        write(out)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.rename(path)
+
+
+def _is_dir(root: Node, name: bytes) -> bool:
+    node = (root.children or {}).get(name)
+    return node is not None and node.is_dir
+
+
+def _root_symlinks(tree: Tree) -> dict[str, dict[str, object]]:
+    """The root's symlinks with their targets, and whether each resolves inside the tree.
+
+    Names and targets are decoded as the file system encoding does (surrogateescape), as the wrapper encodes them back.
+    """
+    found: dict[str, dict[str, object]] = {}
+    for name, node in (tree.root.children or {}).items():
+        if node.is_symlink:
+            found[os.fsdecode(name)] = {
+                "target": os.fsdecode(node.target),
+                "resolves": resolve(tree, b"/" + name) is not None,
+            }
+    return found
+
+
+def resolve(tree: Tree, path: bytes) -> Node | None:
+    """The node that `path` leads to inside the tree, symlinks followed as chroot would, or None."""
+    links = 0
+    done: list[Node] = [tree.root]
+    todo = [part for part in reversed(path.split(b"/")) if part]
+    while todo:
+        part = todo.pop()
+        here = done[-1]
+        if part == b"." or part == b"..":
+            if part == b".." and len(done) > 1:
+                done.pop()
+            continue
+        node = (here.children or {}).get(part)
+        if node is None:
+            return None
+        if node.is_symlink:
+            links += 1
+            if links > _MAX_LINKS:
+                return None
+            if posixpath.isabs(node.target):
+                done = [tree.root]
+            todo.extend(piece for piece in reversed(node.target.split(b"/")) if piece)
+        else:
+            done.append(node)
+    return done[-1]
+
+
+def _probes(index: Index) -> list[dict[str, object]]:
+    """One file for each layer, to compare what EROFS shows with what the layer holds; programs' loaders come first,
+    since a container reads them anyway."""
+    best: dict[int, tuple[int, str, int, int]] = {}
+    for path, node in index.tree.walk():
+        if not node.extents or not stat.S_ISREG(node.mode) or node.extents[0].logical:
+            continue
+        extent = node.extents[0]
+        base = path.rpartition(b"/")[2]
+        rank = 0 if base.startswith((b"ld-linux", b"ld-musl", b"ld.so")) else 1 if base == b"busybox" else 2
+        candidate = (rank, os.fsdecode(path), extent.offset, min(extent.length, 4096))
+        if extent.layer not in best or candidate[0] < best[extent.layer][0]:
+            best[extent.layer] = candidate
+    return [
+        {"layer": layer, "rank": rank, "path": path, "offset": offset, "length": length}
+        for layer, (rank, path, offset, length) in sorted(best.items())
+    ]

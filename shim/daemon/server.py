@@ -1,0 +1,154 @@
+"""`clip-shim daemon`: puts the parts together and serves until SIGTERM."""
+
+from __future__ import annotations
+
+import fcntl
+import faulthandler
+import os
+import resource
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from shim import __version__, log
+from shim.daemon import jobs, mounter, notify
+from shim.daemon.control import Answer, ControlServer, Session
+from shim.daemon.layers import Layers
+from shim.daemon.trees import Trees, overlay_users
+from shim.errors import CacheError, DaemonError, ShimError
+from shim.fuse import connection
+from shim.fuse.server import BlobServer
+from shim.settings import Settings
+
+_REAP_SECONDS = 5.0
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code. Raises ShimError when it cannot start."""
+    log.configure(settings["log.level"], settings["log.format"])
+    sys.setswitchinterval(0.0005)  # the GIL's: a cached read waits this long beside CPU-bound threads, not 5 ms
+    faulthandler.register(signal.SIGUSR1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        daemon = Daemon(settings)
+    except ShimError as error:
+        notify.failed(str(error))
+        raise
+    daemon.start()
+    notify.ready()
+    log.info("daemon serves", pid=os.getpid(), version=__version__, run_dir=str(settings.run_dir))
+    ended = threading.Event()
+
+    def wait_for_signal() -> None:
+        signal.sigwait(signals)
+        ended.set()
+
+    threading.Thread(target=wait_for_signal, name="signals", daemon=True).start()
+    while not ended.wait(_REAP_SECONDS):
+        daemon.tick()
+    return daemon.stop()
+
+
+class Daemon:
+    """The composition root. Threads: FUSE readers, fetch pool, control accept + one a connection, this main loop.
+
+    Only one daemon uses a RUN directory: an flock on RUN/daemon.lock, and one on the cache (see shim/cache).
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        run = settings.run_dir
+        for directory in (run, settings.state_dir):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.chmod(directory, 0o700)
+        self._lock_fd = _exclusive(run / "daemon.lock")
+        jobs.start()
+        blobs = run / "blobs"
+        for path in jobs.run(20, mounter.clear_stale, str(run)):
+            log.warning("left by a daemon that died, detached", path=path)
+        blobs.mkdir(mode=0o700, exist_ok=True)
+        self._blobs_dir = str(blobs)
+        self._fuse_fd = connection.mount(self._blobs_dir)
+        self._server = BlobServer.create(self._fuse_fd, run, read_deadline=settings["read_deadline"])
+        self._layers = Layers(settings, self._server)
+        self._trees = Trees(settings, self._layers, self._blobs_dir)
+        self._control = ControlServer(
+            run / "control.sock",
+            {"acquire": self._acquire, "status": self._status, "ping": lambda *_: {"pid": os.getpid()}},
+        )
+
+    def start(self) -> None:
+        self._server.start()
+        threading.Thread(target=self._control.serve, name="accept", daemon=True).start()
+        threading.Thread(target=self._warm, name="warm", daemon=True).start()
+
+    def _warm(self) -> None:
+        """What the first container would otherwise wait for."""
+        try:
+            self._trees.tier()
+            self._layers.warm()
+        except ShimError as error:
+            log.error("no tree can be mounted here", error=str(error), hint=error.hint)
+
+    def tick(self) -> None:
+        try:
+            self._trees.reap()
+        except ShimError as error:
+            log.warning("reaping failed", error=str(error))
+
+    def stop(self) -> int:
+        """Unmount what nobody uses and end. What is in use stays mounted; its uncached reads fail until a start."""
+        self._control.close()
+        self._trees.close()
+        if self._layers.open_count():
+            log.warning(
+                "containers still use layers: their uncached reads fail from now on", layers=self._layers.open_count()
+            )
+        else:
+            try:
+                jobs.run(10, mounter.unmount_blobs, self._blobs_dir)
+            except ShimError as error:
+                log.warning("blobs not unmounted", error=str(error))
+        self._server.stop()
+        self._layers.close()
+        log.info("daemon stopped")
+        return 0
+
+    def _acquire(self, session: Session, request: dict[str, Any], fds: list[int]) -> Answer:
+        if not fds:
+            raise DaemonError(
+                f"the reference {str(request.get('value'))[:200]!r} names no file",
+                hint="this version reads indexes from files: make one with `clip-shim index REF -o FILE`",
+            )
+        lease = self._trees.acquire(fds[0])
+        session.leases.append(lease)
+        return lease.answer
+
+    def _status(self, _session: Session, _request: dict[str, Any], _fds: list[int]) -> Answer:
+        tier, reason = self._trees.tier()
+        containers = [
+            {"rootfs": path, "index": f"sha256:{hex_}"} for hex_, paths in overlay_users().items() for path in paths
+        ]
+        return {
+            "daemon": {"pid": os.getpid(), "version": __version__, "tier": tier, "tier_reason": reason},
+            "images": self._trees.status(),
+            "containers": containers,
+            "layers": self._layers.status(),
+            "waiting": self._layers.waiting(),
+        }
+
+
+def _exclusive(path: Path) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise CacheError(
+            f"another daemon serves {path.parent}", hint="see `clip-shim status`; stop that one first"
+        ) from None
+    return fd
