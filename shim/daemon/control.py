@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from shim import log
-from shim.daemon.trees import Lease
 from shim.errors import DaemonError, ShimError
 
 _MAX_LINE = 1 << 16  # bytes; a request names one container
@@ -24,14 +23,14 @@ Handler = Callable[["Session", dict[str, Any], list[int]], Answer]
 
 
 class Session:
-    """One connection. What it holds (leases) goes when it closes, however the peer died."""
+    """One connection. What it holds (`on_close`: leases) goes when it closes, however the peer died."""
 
     def __init__(self) -> None:
-        self.leases: list[Lease] = []
+        self.on_close: list[Callable[[], None]] = []
 
     def close(self) -> None:
-        while self.leases:
-            self.leases.pop().release()
+        while self.on_close:
+            self.on_close.pop()()
 
 
 class ControlServer:

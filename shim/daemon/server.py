@@ -125,7 +125,7 @@ class Daemon:
                 hint="this version reads indexes from files: make one with `clip-shim index REF -o FILE`",
             )
         lease = self._trees.acquire(fds[0])
-        session.leases.append(lease)
+        session.on_close.append(lease.release)
         return lease.answer
 
     def _status(self, _session: Session, _request: dict[str, Any], _fds: list[int]) -> Answer:
