@@ -1,0 +1,51 @@
+# clip-shim: what a newcomer runs. `make` alone lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+HERE := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+VENV := $(HERE)/.venv
+PYTHON ?= $(shell for p in /usr/bin/python3 /usr/bin/python3.1[1-9]; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+IMAGE ?=
+ARGS ?=
+
+.PHONY: help
+help: ## list the targets
+	@echo "clip-shim: containers that start at once, whatever their image's size"
+	@echo
+	@grep -hE '^[a-z-]+:.*## ' '$(HERE)/Makefile' | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+.PHONY: demo
+demo: venv ## run an image from its index: IMAGE=docker.io/library/python:3.12, or one built here (root)
+	@cd '$(HERE)' && exec '$(VENV)/bin/python' -m tests.support.demo $(IMAGE)
+
+.PHONY: test
+test: venv ## run all tests: unit, mounts, engines, faults (root; ARGS='-k word' goes to pytest)
+	@cd '$(HERE)' && exec '$(VENV)/bin/python' -m tests.support.tiers $(ARGS)
+
+.PHONY: bench
+bench: venv ## measure, print the tables and renew tests/bench/README.md (root, ~15 minutes)
+	@cd '$(HERE)' && exec nice -n 0 '$(VENV)/bin/python' -m tests.bench $(ARGS)
+
+.PHONY: lint
+lint: venv ## ruff, mypy and the structure rules
+	@cd '$(HERE)' && exec '$(VENV)/bin/python' -m pytest -q tests/unit/test_style.py $(ARGS)
+
+.PHONY: venv
+venv: $(VENV)/.installed ## install Debian packages (as root, if missing) and make .venv
+
+$(VENV)/.installed: $(HERE)/pyproject.toml $(HERE)/packaging/install-deps.sh
+	@'$(HERE)/packaging/install-deps.sh'
+	@[[ -n '$(PYTHON)' ]] || { echo "clip-shim needs Python 3.11 or newer in /usr/bin" >&2; exit 1; }
+	@[[ -x '$(VENV)/bin/python' ]] || '$(PYTHON)' -m venv '$(VENV)'
+	@'$(VENV)/bin/python' -m pip install --quiet --disable-pip-version-check -e '$(HERE)[dev]'
+	@touch '$@'
+
+.PHONY: clean
+clean: ## remove .venv, caches and the test images kept in /var/cache/clip-shim-tests
+	@cd '$(HERE)' && rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .cache build dist *.egg-info \
+		"$${CLIP_SHIM_TEST_CACHE:-/var/cache/clip-shim-tests}"
+	@find '$(HERE)' -name __pycache__ -type d -prune -exec rm -rf {} +
