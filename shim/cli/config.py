@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "check":
         print("the configuration is valid")
         return 0
-    from shim.runtime import install
+    from shim.cli.runtime_path import ensure_launcher
 
-    runtime_path = str(install.ensure_launcher(loaded))
+    runtime_path = str(ensure_launcher(loaded))
     if args.what == "compile":
         print(f"runtime_path: {runtime_path}")
         return 0

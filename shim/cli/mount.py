@@ -22,14 +22,15 @@ def run(args: argparse.Namespace) -> int:
     from shim import settings
     from shim.errors import MountError, UsageError
     from shim.mount import syscalls
-    from shim.runtime import client, install
+    from shim.cli.runtime_path import daemon_command
+    from shim.runtime import client
 
     if not args.directory.is_dir():
         raise UsageError(f"{args.directory} is not a directory", hint="make it first with mkdir")
     loaded = settings.load()
     fd = os.open(args.index, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     timeout = float(loaded["mount_deadline"])
-    with client.connect(str(loaded.run_dir), start=install.daemon_command(loaded), timeout=timeout) as connection:
+    with client.connect(str(loaded.run_dir), start=daemon_command(), timeout=timeout) as connection:
         request = {"v": 1, "op": "acquire", "source": "mount", "value": str(args.index.absolute())}
         answer = connection.request(request, fds=(fd,), timeout=timeout + 10)
         # A clone has a life of its own: the daemon may unmount its tree, ours stays until `umount`.
