@@ -27,7 +27,7 @@ class MountEntry:
     __slots__ = (
         "dev",
         "fields",
-        "fstype",
+        "fs_type",
         "id",
         "mount_point",
         "options",
@@ -50,12 +50,12 @@ class MountEntry:
         self.fields = tuple(words[6:dash])
         if len(words) < dash + 4:
             raise ValueError("a mountinfo line with too few words")
-        self.fstype = unescape(words[dash + 1])
+        self.fs_type = unescape(words[dash + 1])
         self.source = unescape(words[dash + 2])
         self.super_options = b" ".join(words[dash + 3 :])
 
     def __repr__(self) -> str:
-        return f"MountEntry({self.id}, {self.mount_point!r}, {self.fstype!r}, {self.source!r})"
+        return f"MountEntry({self.id}, {self.mount_point!r}, {self.fs_type!r}, {self.source!r})"
 
 
 def unescape(text: bytes) -> bytes:

@@ -238,18 +238,18 @@ def fsmount(fd: int, attrs: int = 0, flags: int = FSMOUNT_CLOEXEC) -> int:
     return mount_fd
 
 
-def move_mount(from_dirfd: int, from_path: Path, to_dirfd: int, to_path: Path, flags: int = 0) -> None:
-    """move_mount(2): attach or move a mount. An empty path with *_EMPTY_PATH means the descriptor itself."""
-    target = _bytes(to_path)
-    if _syscall(
-        _NR_MOVE_MOUNT,
-        ctypes.c_long(from_dirfd),
-        _bytes(from_path),
-        ctypes.c_long(to_dirfd),
-        target,
-        ctypes.c_long(flags),
-    ):
-        raise _error("move_mount", target or f"fd {to_dirfd}")
+def move_mount(mount_fd: int, target: Path | int, flags: int = 0) -> None:
+    """move_mount(2): put the mount of `mount_fd` (fsmount, open_tree) on a path or an open directory descriptor.
+
+    A last symlink of a path is not followed. MOVE_MOUNT_BENEATH (Linux 6.5) puts it below the topmost mount there.
+    """
+    flags |= MOVE_MOUNT_F_EMPTY_PATH
+    if isinstance(target, int):
+        dirfd, where, flags = target, b"", flags | MOVE_MOUNT_T_EMPTY_PATH
+    else:
+        dirfd, where = AT_FDCWD, _bytes(target)
+    if _syscall(_NR_MOVE_MOUNT, ctypes.c_long(mount_fd), b"", ctypes.c_long(dirfd), where, ctypes.c_long(flags)):
+        raise _error("move_mount", where or f"fd {dirfd}")
 
 
 def open_tree(path: Path, flags: int = OPEN_TREE_CLOEXEC, dirfd: int = AT_FDCWD) -> int:
@@ -326,8 +326,4 @@ def new_mount(fstype: str, source: Path | None, options: Iterable[tuple[str, Val
 
 def attach(mount_fd: int, target: Path | int) -> None:
     """Put a detached mount on `target`: a path (its last symlink is not followed) or an open directory descriptor."""
-    if isinstance(target, int):
-        flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
-        move_mount(mount_fd, b"", target, b"", flags)
-    else:
-        move_mount(mount_fd, b"", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH)
+    move_mount(mount_fd, target)
