@@ -10,7 +10,7 @@ import enum
 import stat
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import NamedTuple, Protocol
@@ -163,7 +163,7 @@ class SpanTable:
     bits: bytearray = field(default_factory=bytearray)
     kinds: bytearray = field(default_factory=bytearray)
     digests: bytearray = field(default_factory=bytearray)  # 32 bytes a span
-    windows: list[bytes] = field(default_factory=list)
+    windows: MutableSequence[bytes] = field(default_factory=list)  # the scanner gives one that keeps them packed
 
     @property
     def count(self) -> int:

@@ -1,0 +1,146 @@
+"""The only binding of zlib's C library: what Python's `zlib` does not offer (Z_BLOCK, inflatePrime, dictionaries).
+
+Raw deflate only (RFC 1951); the gzip wrapper is read by `gzipformat`. ctypes releases the GIL during every call.
+Meaning of flush values, status codes and `data_type`: zlib.h of zlib 1.2.x.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+from shim.errors import LayerError, ShimError
+from shim.index.model import WINDOW_SIZE
+
+Z_NO_FLUSH = 0
+Z_BLOCK = 5  # stop at the next deflate block boundary
+Z_OK = 0
+Z_STREAM_END = 1
+Z_BUF_ERROR = -5  # no progress was possible: not an error, more input or room is needed
+
+# Bits of data_type after inflate(): unused bits of the last byte taken, in the last block, just after a block's end.
+UNUSED_BITS = 7
+LAST_BLOCK = 64
+BLOCK_END = 128
+
+_RAW = -15  # windowBits of a raw stream with a 32 KiB window
+
+
+class _ZStream(ctypes.Structure):
+    """z_stream of zlib.h."""
+
+    _fields_ = (
+        ("next_in", ctypes.c_void_p),
+        ("avail_in", ctypes.c_uint),
+        ("total_in", ctypes.c_ulong),
+        ("next_out", ctypes.c_void_p),
+        ("avail_out", ctypes.c_uint),
+        ("total_out", ctypes.c_ulong),
+        ("msg", ctypes.c_char_p),
+        ("state", ctypes.c_void_p),
+        ("zalloc", ctypes.c_void_p),
+        ("zfree", ctypes.c_void_p),
+        ("opaque", ctypes.c_void_p),
+        ("data_type", ctypes.c_int),
+        ("adler", ctypes.c_ulong),
+        ("reserved", ctypes.c_ulong),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    try:
+        lib = ctypes.CDLL("libz.so.1")
+    except OSError as error:
+        raise ShimError(f"cannot load libz.so.1: {error}", hint="install zlib (Debian: zlib1g)") from error
+    stream = ctypes.POINTER(_ZStream)
+    number, address, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_uint
+    for name, arguments in {
+        "inflateInit2_": [stream, number, ctypes.c_char_p, number],
+        "inflate": [stream, number],
+        "inflatePrime": [stream, number, number],
+        "inflateSetDictionary": [stream, ctypes.c_char_p, size],
+        "inflateGetDictionary": [stream, address, ctypes.POINTER(size)],
+        "inflateReset2": [stream, number],
+        "inflateEnd": [stream],
+    }.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = arguments, number
+    lib.zlibVersion.restype = ctypes.c_char_p
+    return lib
+
+
+def address_of(data: bytes) -> int:
+    """Where the bytes lie. Good for as long as the caller holds `data`."""
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
+
+
+def address_of_buffer(buffer: bytearray) -> int:
+    """Where a bytearray lies. The caller must hold it and must not resize it."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+class RawInflate:
+    """One raw inflate stream. Not thread-safe; each thread uses its own."""
+
+    __slots__ = ("_inflate", "_lib", "_open", "_pointer", "_stream")
+
+    def __init__(self) -> None:
+        self._open = False
+        self._lib: Any = _library()
+        self._stream = _ZStream()
+        self._pointer = ctypes.byref(self._stream)
+        self._inflate = self._lib.inflate
+        version = self._lib.zlibVersion()
+        self._check(self._lib.inflateInit2_(self._pointer, _RAW, version, ctypes.sizeof(_ZStream)))
+        self._open = True
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the stream's memory. Safe to call twice."""
+        if self._open:
+            self._open = False
+            self._lib.inflateEnd(self._pointer)
+
+    def reset(self) -> None:
+        """Begin a new stream, without a window."""
+        self._check(self._lib.inflateReset2(self._pointer, _RAW))
+
+    def prime(self, bits: int, byte: int) -> None:
+        """Begin inside a byte: its upper `bits` bits (0..7) are the stream's first ones."""
+        if bits:
+            self._check(self._lib.inflatePrime(self._pointer, bits, byte >> (8 - bits)))
+
+    def set_window(self, window: bytes) -> None:
+        """The bytes (at most WINDOW_SIZE) that came before the stream's position."""
+        self._check(self._lib.inflateSetDictionary(self._pointer, window, len(window)))
+
+    def get_window(self) -> bytes:
+        """The last bytes of output (at most WINDOW_SIZE), fewer near the start of the stream."""
+        buffer = ctypes.create_string_buffer(WINDOW_SIZE)
+        size = ctypes.c_uint(0)
+        self._check(self._lib.inflateGetDictionary(self._pointer, buffer, ctypes.byref(size)))
+        return buffer.raw[: size.value]
+
+    def inflate(self, source: int, available: int, target: int, room: int, flush: int) -> tuple[int, int, int, int]:
+        """Inflate from address `source` (`available` bytes) to address `target` (`room` bytes).
+
+        Returns (status, bytes consumed, bytes produced, data_type); status is Z_OK, Z_STREAM_END or Z_BUF_ERROR.
+        Raises LayerError if the stream is not valid deflate.
+        """
+        stream = self._stream
+        stream.next_in, stream.avail_in = source, available
+        stream.next_out, stream.avail_out = target, room
+        status: int = self._inflate(self._pointer, flush)
+        if status not in (Z_OK, Z_STREAM_END, Z_BUF_ERROR):
+            self._check(status)
+        return status, available - stream.avail_in, room - stream.avail_out, stream.data_type
+
+    def _check(self, status: int) -> None:
+        if status != Z_OK:
+            message = self._stream.msg
+            detail = message.decode("ascii", "replace") if message else f"zlib status {status}"
+            raise LayerError(f"not valid deflate data: {detail}")

@@ -1,0 +1,136 @@
+"""Sparse deflate windows: which of the 32 KiB before a restart point does the data after it really use?
+
+Two inflaters start at the point with made-up windows whose bytes, taken together, encode their own position: byte i of
+one window and byte i of the other form a pair of *unequal* bytes that no other position has. What comes out of the
+first 32 KiB is either equal in both (a literal) or such a pair (a copy of a window byte). Further on no distance can
+reach the window (RFC 1951: at most 32 KiB back), and copies of copies were seen already. The rest is zeroed, exactly.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, MutableSequence
+from typing import overload
+
+import zstandard
+
+from shim.index.model import WINDOW_SIZE
+from shim.layers import libz
+
+_PAIRS = [v for v in range(1 << 16) if v & 255 != v >> 8][:WINDOW_SIZE]
+_POSITION = {pair: position for position, pair in enumerate(_PAIRS)}
+_EQUAL = frozenset(v * 257 for v in range(256))
+_BYTES = array("H", _PAIRS).tobytes()  # native order, like the cast in `sparse`
+_MARKERS = (_BYTES[0::2], _BYTES[1::2])
+
+
+class MarkerProbe:
+    """Follows the compressed data after one restart point after another."""
+
+    def __init__(self) -> None:
+        self._inflaters = (libz.RawInflate(), libz.RawInflate())
+        self._outputs = (bytearray(WINDOW_SIZE), bytearray(WINDOW_SIZE))
+        self._targets = tuple(libz.address_of_buffer(output) for output in self._outputs)
+        self._sizes = [0, 0]
+        self._ended = False
+
+    def start(self, bits: int, byte: int) -> None:
+        """Begin at a point whose first bits are the upper `bits` of `byte`."""
+        for inflater, marker in zip(self._inflaters, _MARKERS, strict=True):
+            inflater.reset()
+            inflater.prime(bits, byte)
+            inflater.set_window(marker)
+        self._sizes = [0, 0]
+        self._ended = False
+
+    def feed(self, chunk: bytes, start: int, end: int) -> None:
+        """The next compressed bytes, `chunk[start:end]`. What lies past 32 KiB of output is ignored."""
+        address = libz.address_of(chunk)
+        for i, inflater in enumerate(self._inflaters):
+            at = start
+            while at < end and self._sizes[i] < WINDOW_SIZE and not self._ended:
+                status, consumed, produced, _ = inflater.inflate(
+                    address + at,
+                    end - at,
+                    self._targets[i] + self._sizes[i],
+                    WINDOW_SIZE - self._sizes[i],
+                    libz.Z_NO_FLUSH,
+                )
+                at += consumed
+                self._sizes[i] += produced
+                if status == libz.Z_STREAM_END:
+                    self._ended = i == 1  # the second one has to see this input too
+                    break
+                if not consumed and not produced:
+                    break
+
+    def sparse(self, window: bytes) -> bytes:
+        """`window` (what really came before the point) with unused bytes zeroed, WINDOW_SIZE long; b"" if none is used."""
+        size = min(self._sizes)
+        pairs = bytearray(2 * size)
+        pairs[0::2] = memoryview(self._outputs[0])[:size]
+        pairs[1::2] = memoryview(self._outputs[1])[:size]
+        used = set(memoryview(pairs).cast("H")) - _EQUAL
+        if not used:
+            return b""
+        full = window.rjust(WINDOW_SIZE, b"\0")
+        result = bytearray(WINDOW_SIZE)
+        for position in map(_POSITION.__getitem__, used):
+            result[position] = full[position]
+        return bytes(result)
+
+
+class PackedWindows(MutableSequence[bytes]):
+    """A list of windows that keeps them compressed: a large layer has thousands, and each is nearly all zeros."""
+
+    def __init__(self, windows: Iterable[bytes] = ()) -> None:
+        self._packed: list[bytes] = []
+        self.extend(windows)
+
+    @staticmethod
+    def _pack(window: bytes) -> bytes:
+        return zstandard.compress(window) if window else b""
+
+    @staticmethod
+    def _unpack(packed: bytes) -> bytes:
+        return zstandard.decompress(packed) if packed else b""
+
+    @property
+    def packed_size(self) -> int:
+        """Bytes held, compressed one by one."""
+        return sum(map(len, self._packed))
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> PackedWindows: ...
+    def __getitem__(self, index: int | slice) -> bytes | PackedWindows:
+        if isinstance(index, slice):
+            return PackedWindows(self._unpack(packed) for packed in self._packed[index])
+        return self._unpack(self._packed[index])
+
+    @overload
+    def __setitem__(self, index: int, value: bytes) -> None: ...
+    @overload
+    def __setitem__(self, index: slice, value: Iterable[bytes]) -> None: ...
+    def __setitem__(self, index: int | slice, value: bytes | Iterable[bytes]) -> None:
+        if isinstance(index, slice):
+            assert not isinstance(value, bytes)
+            self._packed[index] = [self._pack(window) for window in value]
+        else:
+            assert isinstance(value, bytes)
+            self._packed[index] = self._pack(value)
+
+    def __delitem__(self, index: int | slice) -> None:
+        del self._packed[index]
+
+    def insert(self, index: int, value: bytes) -> None:
+        self._packed.insert(index, self._pack(value))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PackedWindows | list) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
