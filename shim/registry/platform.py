@@ -1,7 +1,7 @@
 """Platforms `os/arch[/variant]`: parsing, normal form, and which manifest of an image index suits.
 
-Follows containerd's `platforms` package (`database.go` for the normal form, `compare.go` for the order of preference), so
-that the same manifest is chosen as by `docker pull` and `ctr pull`. Pure, standard library only.
+Follows containerd's `platforms` package (`database.go` for the normal form, `compare.go` for the order of preference),
+so that the same manifest is chosen as by `docker pull` and `ctr pull`. Pure, standard library only.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ _ARCHES = {
     "i686": ("386", ""),
     "ppc64el": ("ppc64le", ""),
 }
-_KNOWN = frozenset(
-    "386 amd64 arm arm64 loong64 mips mips64 mips64le mipsle ppc64 ppc64le riscv64 s390x wasm unknown".split()
-)
+_KNOWN = frozenset(("386", "amd64", "arm", "arm64", "loong64", "mips64le", "ppc64le", "riscv64", "s390x", "wasm"))
 _DEFAULT_VARIANT = {("amd64", "v1"): "", ("arm64", "v8"): "", ("arm64", "8"): "", ("arm", ""): "v7"}
 
 T = TypeVar("T")

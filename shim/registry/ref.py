@@ -1,8 +1,8 @@
 """Image references: `registry/repository[:tag][@digest]`, by the grammar of distribution/reference, and nothing local.
 
-Pure, standard library only. The grammar is github.com/distribution/reference `regexp.go` and `normalize.go` (what Docker,
-containerd and podman share); only a registry reference is accepted, because an index made from a local path is one that no
-other node can read and whose contents nobody verified.
+Pure, standard library only. The grammar is github.com/distribution/reference `regexp.go` and `normalize.go` (what
+Docker, containerd and podman share); only a registry reference is accepted, because an index made from a local path
+is one that no other node can read and whose contents nobody verified.
 """
 
 from __future__ import annotations

@@ -1,0 +1,345 @@
+"""Reads images from registries: manifests, configs, ranges of layers. The public face of this package.
+
+    client = RegistryClient(settings["registries"])
+    image = client.resolve(ImageRef.parse("python:3.12"), "linux/arm64")
+    with client.open_blob(ref, image.layers[0].digest, 1 << 20, 3 << 20) as stream:
+        for chunk in stream: ...
+
+Protocol: OCI distribution-spec 1.1 ("Pulling manifests", "Pulling blobs"), which Docker's registry API is a form of.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from shim.errors import IntegrityError, NotFoundError, RegistryError, ShimError
+from shim.registry import manifest as manifests
+from shim.registry import platform as platforms
+from shim.registry.credentials import CredentialStore
+from shim.registry.endpoint import Call, Endpoint
+from shim.registry.hooks import Counters, Hooks
+from shim.registry.hosts import CERTS_DIRS, PULL, RESOLVE, Hosts
+from shim.registry.manifest import Descriptor, Document, Manifest
+from shim.registry.platform import Platform
+from shim.registry.ref import ImageRef, check_digest
+from shim.registry.retry import RetryPolicy, pause
+from shim.registry.stream import BlobStream, check_range
+from shim.registry.transport import Response, Transport
+
+__all__ = ["BlobStream", "Descriptor", "Document", "Manifest", "RegistryClient"]
+
+MAX_CONFIG = 8 << 20  # bytes of an image config
+MAX_DISCARD = 4 << 30
+MAX_DEPTH = 3  # indexes inside indexes
+MAX_FETCHED = 24  # manifests fetched for one resolve
+MAX_REGISTRIES = 1024
+AWAY_SECONDS = 30.0
+
+T = TypeVar("T")
+
+
+class RegistryClient:
+    """Thread-safe; make one for each process.
+
+    registries: the settings table `registries` (see hosts.py). deadline: seconds for a call that gets none; a stream
+    that gets none may take as long as bytes keep coming. max_discard: bytes read for nothing when a host ignores Range.
+
+    Every method raises RegistryError or its kinds AuthError and NotFoundError (`retryable`, `status`), IntegrityError
+    for bytes that do not hash to what was asked for, and ConfigError for certificates that cannot be used.
+    """
+
+    def __init__(
+        self,
+        registries: Mapping[str, Any] | None = None,
+        *,
+        hooks: Hooks | None = None,
+        credentials: CredentialStore | None = None,
+        policy: RetryPolicy | None = None,
+        pool_size: int = 16,
+        connect_timeout: float = 10.0,
+        read_timeout: float = 30.0,
+        deadline: float = 60.0,
+        max_discard: int = MAX_DISCARD,
+        certs_dirs: Sequence[str] = CERTS_DIRS,
+    ) -> None:
+        self._hooks = hooks or Hooks()
+        self._hosts = Hosts(registries, certs_dirs)
+        self._credentials = credentials or CredentialStore(hooks=self._hooks)
+        self._policy = policy or RetryPolicy()
+        self._deadline = deadline
+        self._max_discard = max_discard
+        self._transport = Transport(
+            self._hooks, pool_size=pool_size, connect_timeout=connect_timeout, read_timeout=read_timeout
+        )
+        self._lock = threading.Lock()
+        self._endpoints: OrderedDict[str, list[Endpoint]] = OrderedDict()
+
+    @property
+    def counters(self) -> Counters:
+        """Requests and bytes by host and kind."""
+        return self._transport.counters
+
+    def close(self) -> None:
+        """Close idle connections. The client can be used again."""
+        self._transport.close()
+
+    def resolve(self, ref: ImageRef, platform: str | None = None) -> Manifest:
+        """The manifest, config and layers of the image for `platform` (os/arch[/variant]; None is the host's).
+
+        A single-platform image is taken as it is when `platform` is None, with a warning if it is for another one; with
+        a platform given it must suit. Foreign layers (kept at URLs outside the registry) are refused.
+        """
+        wanted = platforms.parse(platform)
+        document = self.manifest(ref)
+        return _Resolver(self, ref, wanted, strict=bool(platform), hooks=self._hooks).resolve(document)
+
+    def manifest(self, ref: ImageRef) -> Document:
+        """The manifest or index that `ref` names, verified against its digest if it has one."""
+        capability = PULL if ref.digest else RESOLVE
+        call = Call("GET", ref.repository, f"manifests/{ref.reference}", "manifest", (("Accept", manifests.ACCEPT),))
+
+        def read(endpoint: Endpoint, deadline: float | None) -> Document:
+            response = endpoint.request(call, deadline)
+            _must_be_whole(response, str(ref))
+            raw = response.read_all(manifests.MAX_MANIFEST)
+            promised = ref.digest or _sound_digest(response.headers.get("Docker-Content-Digest"))
+            digest = manifests.hash_of(raw, promised.partition(":")[0] if promised else "sha256")
+            if promised and digest != promised:
+                raise IntegrityError(f"{endpoint.name} sent a manifest for {ref} that hashes to {digest}")
+            kind = manifests.media_type_of(raw, response.headers.get("Content-Type"), f"the manifest of {ref}")
+            return Document(digest, kind, raw)
+
+        return self._over_hosts(ref, capability, read, None)[1]
+
+    def blob(self, ref: ImageRef, item: Descriptor | str, max_bytes: int = MAX_CONFIG) -> bytes:
+        """A small blob (a config), whole and verified. `item`: its descriptor or digest."""
+        digest = check_digest(item if isinstance(item, str) else item.digest)
+        size = None if isinstance(item, str) else item.size
+        what = f"blob {digest} of {ref.name}"
+        if size is not None and size > max_bytes:
+            raise RegistryError(f"{what} has {size} bytes, more than the {max_bytes} that are allowed")
+        call = Call("GET", ref.repository, f"blobs/{digest}", "config")
+
+        def read(endpoint: Endpoint, deadline: float | None) -> bytes:
+            response = endpoint.request(call, deadline)
+            _must_be_whole(response, what)
+            raw = response.read_all(max_bytes if size is None else size)
+            actual = manifests.hash_of(raw, digest.partition(":")[0])
+            if actual != digest:
+                raise IntegrityError(f"{endpoint.name} sent {len(raw)} bytes for {what} that hash to {actual}")
+            return raw
+
+        return self._over_hosts(ref, PULL, read, None)[1]
+
+    def open_blob(
+        self, ref: ImageRef, digest: str, start: int = 0, end: int | None = None, *, deadline: float | None = None
+    ) -> BlobStream:
+        """The compressed bytes [start, end) of a blob (end None: to its end), not verified.
+
+        deadline: an instant on `hooks.clock` (time.monotonic) by which all bytes must be there. The first answer has
+        come when this returns. Give `end` when it is known: without it a connection that ends early cannot always be
+        told from a blob that ends.
+        """
+        check_digest(digest)
+        if start < 0 or (end is not None and end < start):
+            raise ValueError(f"not a range: [{start}, {end})")
+        what = f"blob {digest} of {ref.name}"
+        headers: tuple[tuple[str, str], ...] = ()
+        if start or end is not None:
+            headers = (("Range", f"bytes={start}-{'' if end is None else end - 1}"),)
+
+        def open_at(position: int, stop: int | None, limit: float | None) -> tuple[Endpoint, Response]:
+            ranged = headers
+            if position or stop is not None:
+                ranged = (("Range", f"bytes={position}-{'' if stop is None else stop - 1}"),)
+            call = Call("GET", ref.repository, f"blobs/{digest}", "blob", ranged, memo=digest)
+
+            def read(endpoint: Endpoint, until: float | None) -> Response:
+                response = endpoint.request(call, until)
+                try:
+                    check_range(response, position, stop, what)
+                except RegistryError:
+                    response.close()
+                    raise
+                return response
+
+            return self._over_hosts(ref, PULL, read, limit, streams=True)
+
+        return BlobStream(
+            open_at,
+            what,
+            start,
+            end,
+            deadline=deadline,
+            hooks=self._hooks,
+            policy=self._policy,
+            max_discard=self._max_discard,
+        )
+
+    def check_access(self, ref: ImageRef, digest: str) -> None:
+        """Return when the registry lets these credentials read the blob; else raise AuthError or NotFoundError."""
+        call = Call("HEAD", ref.repository, f"blobs/{check_digest(digest)}", "check", follow=False)
+
+        def ask(endpoint: Endpoint, deadline: float | None) -> None:
+            endpoint.request(call, deadline).close()
+
+        self._over_hosts(ref, PULL, ask, None)
+
+    def hosts(self, ref: ImageRef) -> list[str]:
+        """The host[:port] names that are asked for `ref`, in order."""
+        return [endpoint.name for endpoint in self._for(ref.registry, PULL)]
+
+    def _for(self, registry: str, capability: str) -> list[Endpoint]:
+        with self._lock:
+            known = self._endpoints.get(registry)
+            if known is None:
+                known = [Endpoint(host, self._transport, self._credentials) for host in self._hosts.of(registry)]
+                self._endpoints[registry] = known
+                while len(self._endpoints) > MAX_REGISTRIES:
+                    self._endpoints.popitem(last=False)
+        able = [endpoint for endpoint in known if capability in endpoint.host.capabilities]
+        return sorted(able, key=lambda endpoint: endpoint.is_away)
+
+    def _over_hosts(
+        self,
+        ref: ImageRef,
+        capability: str,
+        work: Callable[[Endpoint, float | None], T],
+        deadline: float | None,
+        *,
+        streams: bool = False,
+    ) -> tuple[Endpoint, T]:
+        """Do `work` with the first host that can, trying each again as the policy says."""
+        if deadline is None and not streams:
+            deadline = self._hooks.clock() + self._deadline
+        endpoints = self._for(ref.registry, capability)
+        if not endpoints:
+            raise RegistryError(
+                f"no host of {ref.registry} may {capability}", hint="see `capabilities` in `registries`"
+            )
+        failures: list[tuple[Endpoint, ShimError]] = []
+        for n, endpoint in enumerate(endpoints):
+            last = n + 1 == len(endpoints)
+            attempts = self._policy.attempts if last else self._policy.mirror_attempts
+            limit = deadline
+            if deadline is not None and not last:  # a host that hangs must leave time for the next
+                limit = self._hooks.clock() + (deadline - self._hooks.clock()) / 2
+            try:
+                return endpoint, self._attempt(endpoint, work, attempts, limit)
+            except (RegistryError, IntegrityError) as error:
+                failures.append((endpoint, error))
+                if len(endpoints) > 1 and (isinstance(error, IntegrityError) or error.retryable):
+                    endpoint.put_off(AWAY_SECONDS)
+        raise _worst(failures)
+
+    def _attempt(
+        self, endpoint: Endpoint, work: Callable[[Endpoint, float | None], T], attempts: int, deadline: float | None
+    ) -> T:
+        failures = 0
+        while True:
+            try:
+                return work(endpoint, deadline)
+            except RegistryError as error:
+                failures += 1
+                if not error.retryable or failures >= attempts:
+                    raise
+                if not pause(self._policy, self._hooks, failures, error, deadline):
+                    raise
+                self.counters.add(endpoint.name, "retry", retries=1)
+
+
+def _worst(failures: list[tuple[Endpoint, ShimError]]) -> ShimError:
+    """What to tell of several failures: the registry's own, with the mirrors' behind it."""
+    error = next((e for endpoint, e in failures if not endpoint.host.is_mirror), failures[-1][1])
+    others = [f"{endpoint.name}: {e}" for endpoint, e in failures if e is not error]
+    if others:
+        error.args = (f"{error} (also tried {'; '.join(others)[:1000]})",)
+    return error
+
+
+def _must_be_whole(response: Response, what: str) -> None:
+    if response.status != 200:
+        response.close()
+        raise RegistryError(f"{response.host} answered {response.status} for {what}", status=response.status)
+
+
+def _sound_digest(text: str | None) -> str | None:
+    try:
+        return check_digest(text) if text else None
+    except ShimError:
+        return None
+
+
+class _Resolver:
+    """Finds one platform's image in what a reference names. Bounded in depth and in manifests fetched."""
+
+    def __init__(self, client: RegistryClient, ref: ImageRef, wanted: Platform, *, strict: bool, hooks: Hooks) -> None:
+        self._client = client
+        self._ref = ref
+        self._wanted = wanted
+        self._strict = strict
+        self._hooks = hooks
+        self._fetched = 0
+
+    def resolve(self, document: Document) -> Manifest:
+        if not document.is_index:
+            found = self._image(document, None)
+            actual = platforms.parse(found.platform)
+            if not platforms.matches(self._wanted, actual):
+                if self._strict:
+                    raise manifests.no_platform(str(self._ref), self._wanted, [actual])
+                self._hooks.warn(f"{self._ref} is for {actual}, this machine is {self._wanted}")
+            return found
+        offered: list[Platform] = []
+        chosen = self._search(document, document.digest, offered, 1)
+        if chosen is None:
+            raise manifests.no_platform(str(self._ref), self._wanted, offered)
+        return chosen
+
+    def _search(self, index: Document, outermost: str, offered: list[Platform], depth: int) -> Manifest | None:
+        entries = manifests.parse_index(index, f"the index of {self._ref}")
+        images = [entry for entry in entries if entry.media_type not in manifests.INDEXES]
+        offered += [entry.platform for entry in images if entry.platform is not None]
+        entry = platforms.choose(self._wanted, [(image.platform, image) for image in images])
+        if entry is not None:
+            return self._image(self._fetch(entry), outermost, entry.platform)
+        # containerd looks into what does not say its platform
+        for image in images:
+            if image.platform is None and image.media_type in manifests.MANIFESTS:
+                found = self._image(self._fetch(image), outermost)
+                offered.append(platforms.parse(found.platform))
+                if platforms.matches(self._wanted, offered[-1]):
+                    return found
+        for nested in entries:
+            if nested.media_type in manifests.INDEXES and depth < MAX_DEPTH:
+                found_below = self._search(self._fetch(nested), outermost, offered, depth + 1)
+                if found_below is not None:
+                    return found_below
+        return None
+
+    def _fetch(self, entry: Descriptor) -> Document:
+        self._fetched += 1
+        if self._fetched > MAX_FETCHED:
+            raise RegistryError(f"the index of {self._ref} leads to more than {MAX_FETCHED} manifests")
+        if entry.size > manifests.MAX_MANIFEST:
+            raise RegistryError(f"a manifest of {self._ref} has {entry.size} bytes, more than registries accept")
+        try:
+            document = self._client.manifest(self._ref.with_digest(entry.digest))
+        except NotFoundError as error:
+            error.args = (f"{error}: the index of {self._ref} names it, so the image was pushed incompletely",)
+            raise
+        if len(document.raw) != entry.size:
+            raise IntegrityError(f"manifest {entry.digest} of {self._ref} does not have the size its index says")
+        return document
+
+    def _image(self, document: Document, outermost: str | None, stated: Platform | None = None) -> Manifest:
+        what = f"the manifest of {self._ref}"
+        if document.is_index:
+            raise RegistryError(f"{what} is an index where an image was due")
+        config, layers = manifests.parse_manifest(document, what)
+        raw = self._client.blob(self._ref, config, MAX_CONFIG)
+        actual = stated or manifests.config_platform(raw, f"the config of {self._ref}") or self._wanted
+        return Manifest(document.digest, document.media_type, document.raw, config, layers, str(actual), outermost, raw)

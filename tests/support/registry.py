@@ -1,0 +1,378 @@
+"""Debian's docker-registry (distribution 2.8) on a free loopback port, for tests: plain, htpasswd, token auth, TLS.
+
+    with Registry() as registry:
+        digest = registry.push_image("small", "v1", [layer_tar_gz])
+        ref = registry.ref("small", "v1")
+
+The registry is the real thing; images are pushed over its HTTP API. It is killed and its storage removed at the end.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import http.client
+import http.server
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import ssl
+import subprocess
+import tarfile
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+PROGRAM = "docker-registry"
+USER, PASSWORD = "alice", "s3cret:pass"
+# bcrypt of PASSWORD at the least cost: a registry checks it with every request
+HTPASSWD = "alice:$2b$05$abcdefghijklmnopqrstuuKqhJSfTIYV1SkiVqP0GjQATd/vnrS1a\n"
+OCI = "application/vnd.oci.image."
+START_DEADLINE = 20.0
+
+
+def sha256(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def tar_of(files: Mapping[str, bytes]) -> bytes:
+    """A plain tar of regular files, the same bytes each time."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def gzip_of(data: bytes) -> bytes:
+    return gzip.compress(data, 6, mtime=0)
+
+
+def make_certificates(directory: Path, *names: str) -> None:
+    """ca.crt, ca.key, server.crt, server.key (for 127.0.0.1, localhost and `names`), client.crt, client.key."""
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def openssl(*args: str) -> None:
+        subprocess.run(["openssl", *args], cwd=directory, check=True, capture_output=True)
+
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "30")
+    openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=clip-shim test CA")
+    alt = ",".join(["IP:127.0.0.1", "IP:127.0.0.2", "DNS:localhost", *(f"DNS:{name}" for name in names)])
+    for who, extension in (("server", f"subjectAltName={alt}"), ("client", "extendedKeyUsage=clientAuth")):
+        openssl("req", "-new", *curve[:-2], "-keyout", f"{who}.key", "-out", f"{who}.csr", "-subj", f"/CN={who}")
+        (directory / f"{who}.ext").write_text(extension + "\n")
+        openssl(
+            *("x509", "-req", "-in", f"{who}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial"),
+            *("-days", "30", "-out", f"{who}.crt", "-extfile", f"{who}.ext"),
+        )
+
+
+@dataclass
+class TokenServer:
+    """A token service for docker-registry: signs JWTs (RS256, by openssl). Counts what it is asked.
+
+    life: seconds a token is said to last; `users`: name -> password; `refresh_tokens`: accepted identity tokens;
+    anonymous: whether tokens are given to nobody in particular.
+    """
+
+    directory: Path
+    users: dict[str, str] = field(default_factory=lambda: {USER: PASSWORD})
+    refresh_tokens: set[str] = field(default_factory=set)
+    anonymous: bool = False
+    life: int = 300
+    service: str = "test-registry"
+    issued: int = 0
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    delay: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            "openssl req -x509 -newkey rsa:2048 -nodes -days 30 -keyout key.pem -out cert.pem -subj /CN=tokens".split(),
+            cwd=self.directory,
+            check=True,
+            capture_output=True,
+        )
+        tokens = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+                tokens.answer(self, "GET", query)
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                tokens.answer(self, "POST", urllib.parse.parse_qs(body.decode()))
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}/token"
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler, method: str, query: dict[str, list[str]]) -> None:
+        header = handler.headers.get("Authorization", "")
+        self.requests.append({"method": method, "query": query, "authorization": header})
+        time.sleep(self.delay)  # how slow the service is, not a wait for anything
+        allowed = self.anonymous and not header and method == "GET"
+        if header.startswith("Basic "):
+            user, _, password = base64.b64decode(header[6:]).decode().partition(":")
+            allowed = self.users.get(user) == password
+        if method == "POST":
+            allowed = query.get("refresh_token", [""])[0] in self.refresh_tokens
+        status = 200 if allowed else 401
+        data: dict[str, Any] = {"errors": [{"code": "UNAUTHORIZED"}]}
+        if allowed:
+            self.issued += 1
+            scopes = [scope for text in query.get("scope", []) for scope in text.split()]
+            data = {"token" if method == "GET" else "access_token": self.sign(scopes), "expires_in": self.life}
+        body = json.dumps(data).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    def sign(self, scopes: Sequence[str], life: int | None = None) -> str:
+        """A JWT that docker-registry accepts for `scopes` ("repository:NAME:pull,push")."""
+        now = int(time.time())
+        access = []
+        for scope in scopes:
+            kind, name, actions = scope.split(":")
+            access.append({"type": kind, "name": name, "actions": actions.split(",")})
+        pem = (self.directory / "cert.pem").read_text()
+        der = "".join(line for line in pem.splitlines() if not line.startswith("-"))
+        claims = {"iss": "tests", "sub": USER, "aud": self.service, "access": access, "jti": str(self.issued)}
+        claims |= {"nbf": now - 10, "iat": now, "exp": now + (self.life if life is None else life)}
+        parts = [_b64(json.dumps(part).encode()) for part in ({"typ": "JWT", "alg": "RS256", "x5c": [der]}, claims)]
+        signed = subprocess.run(
+            ["openssl", "dgst", "-sha256", "-sign", "key.pem"],
+            cwd=self.directory,
+            input=".".join(parts).encode(),
+            capture_output=True,
+            check=True,
+        ).stdout
+        return ".".join((*parts, _b64(signed)))
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+class Registry:
+    """A running docker-registry. `host` is 127.0.0.1:PORT, `storage` its files."""
+
+    def __init__(
+        self,
+        *,
+        htpasswd: bool = False,
+        tokens: TokenServer | None = None,
+        tls: Path | None = None,
+        client_ca: Path | None = None,
+        storage: Path | None = None,
+        address: str = "127.0.0.1",
+    ) -> None:
+        """tls: a directory of make_certificates; client_ca: a CA whose client certificates are demanded."""
+        self._own = Path(tempfile.mkdtemp(prefix="clip-registry-"))
+        self.storage = storage or self._own / "storage"
+        self.tls = tls
+        self.tokens = tokens
+        self._address = address
+        self._http: dict[str, Any] = {"addr": f"{address}:0", "secret": "tests", "net": "tcp"}
+        if tls is not None:
+            self._http["tls"] = {"certificate": str(tls / "server.crt"), "key": str(tls / "server.key")}
+            if client_ca is not None:
+                self._http["tls"]["clientcas"] = [str(client_ca)]
+        self._client_ca = client_ca
+        self._auth: dict[str, Any] = {}
+        if htpasswd:
+            (self._own / "htpasswd").write_text(HTPASSWD)
+            self._auth = {"htpasswd": {"realm": "tests", "path": str(self._own / "htpasswd")}}
+        if tokens is not None:
+            bundle = str(tokens.directory / "cert.pem")
+            options = {"realm": tokens.url, "service": tokens.service, "issuer": "tests", "rootcertbundle": bundle}
+            self._auth = {"token": options}
+        self.host = ""
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Registry:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        config: dict[str, Any] = {
+            "version": "0.1",
+            "log": {"level": "info", "accesslog": {"disabled": True}},
+            "storage": {"filesystem": {"rootdirectory": str(self.storage)}, "delete": {"enabled": True}},
+            "http": self._http,
+        }
+        config |= {"auth": self._auth} if self._auth else {}
+        path, log = self._own / "config.yml", self._own / "log"
+        path.write_text(json.dumps(config))  # JSON is YAML
+        with open(log, "wb") as file:
+            self.process = subprocess.Popen(
+                [PROGRAM, "serve", str(path)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OTEL_TRACES_EXPORTER": "none"},
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_DEADLINE
+        while True:
+            found = re.search(r"listening on [^\s\"]*:(\d+)", log.read_text(errors="replace"))
+            if found:
+                self.host = f"{self._address}:{found[1]}"
+                self._http["addr"] = self.host  # a restart keeps the port
+                return
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("docker-registry did not start:\n" + log.read_text(errors="replace")[-2000:])
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """End the process at once; `start` brings it back on the same port with the same storage."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def stop(self) -> None:
+        self.kill()
+        shutil.rmtree(self._own, ignore_errors=True)
+
+    def ref(self, name: str, tag: str = "latest") -> str:
+        return f"{self.host}/{name}:{tag}"
+
+    def push_blob(self, name: str, data: bytes) -> str:
+        """Upload one blob; its digest."""
+        digest = sha256(data)
+        status, headers, body = self._call("POST", name, f"/v2/{name}/blobs/uploads/", b"", {})
+        _expect(status, 202, body)
+        target = urllib.parse.urlsplit(headers["Location"])
+        path = f"{target.path}?{target.query}&digest={urllib.parse.quote(digest)}"
+        status, _, body = self._call("PUT", name, path, data, {"Content-Type": "application/octet-stream"})
+        _expect(status, 201, body)
+        return digest
+
+    def push_manifest(self, name: str, reference: str, manifest: Mapping[str, Any] | bytes, media_type: str) -> str:
+        """Put a manifest or index under a tag or digest ("" for its own digest); its digest."""
+        raw = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
+        path = f"/v2/{name}/manifests/{reference or sha256(raw)}"
+        status, _, body = self._call("PUT", name, path, raw, {"Content-Type": media_type})
+        _expect(status, 201, body)
+        return sha256(raw)
+
+    def push_image(
+        self,
+        name: str,
+        tag: str,
+        layers: Sequence[bytes],
+        *,
+        config: Mapping[str, Any] | None = None,
+        diff_ids: Sequence[str] | None = None,
+        platform: str = "linux/amd64",
+        layer_type: str = OCI + "layer.v1.tar+gzip",
+    ) -> str:
+        """Push an OCI image; tag "" pushes by digest only. `diff_ids` default to those of the gunzipped layers."""
+        if diff_ids is None:
+            diff_ids = [sha256(gzip.decompress(layer) if layer[:2] == b"\x1f\x8b" else layer) for layer in layers]
+        parts = platform.split("/")
+        full = {"os": parts[0], "architecture": parts[1], "config": {}} | ({"variant": parts[2]} if parts[2:] else {})
+        full |= {"rootfs": {"type": "layers", "diff_ids": list(diff_ids)}, **(config or {})}
+        raw = json.dumps(full).encode()
+        self.push_blob(name, raw)
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": OCI + "manifest.v1+json",
+            "config": {"mediaType": OCI + "config.v1+json", "digest": sha256(raw), "size": len(raw)},
+            "layers": [
+                {"mediaType": layer_type, "digest": self.push_blob(name, layer), "size": len(layer)}
+                for layer in layers
+            ],
+        }
+        return self.push_manifest(name, tag, manifest, OCI + "manifest.v1+json")
+
+    def push_index(self, name: str, tag: str, images: Mapping[str, str], extra: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Push an image index of platform -> digest of a manifest that is there; `extra` entries are put in front."""
+        entries: list[Mapping[str, Any]] = [*extra]
+        for platform, digest in images.items():
+            parts = platform.split("/")
+            described = {"os": parts[0], "architecture": parts[1]} | ({"variant": parts[2]} if parts[2:] else {})
+            size = len(self.get(f"/v2/{name}/manifests/{digest}", name)[1])
+            entries.append(
+                {"mediaType": OCI + "manifest.v1+json", "digest": digest, "size": size, "platform": described}
+            )
+        index = {"schemaVersion": 2, "mediaType": OCI + "index.v1+json", "manifests": entries}
+        return self.push_manifest(name, tag, index, OCI + "index.v1+json")
+
+    def push_layout(self, layout: Path, name: str, tag: str, source_tag: str = "") -> None:
+        """Copy an OCI layout with skopeo, as users do."""
+        source = f"oci:{layout}" + (f":{source_tag}" if source_tag else "")
+        command = ["skopeo", "copy", "-q", "--insecure-policy", "--dest-tls-verify=false"]
+        if "htpasswd" in self._auth:
+            command += ["--dest-creds", f"{USER}:{PASSWORD}"]
+        subprocess.run([*command, source, f"docker://{self.ref(name, tag)}"], check=True, capture_output=True)
+
+    def get(self, path: str, name: str = "") -> tuple[int, bytes]:
+        """(status, body) of a GET with the right to read `name`."""
+        accept = {"Accept": f"{OCI}manifest.v1+json, {OCI}index.v1+json, */*"}
+        status, _, body = self._call("GET", name, path, None, accept)
+        return status, body
+
+    def _call(
+        self, method: str, name: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        sent = dict(headers)
+        if "htpasswd" in self._auth:
+            sent["Authorization"] = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        if self.tokens is not None:
+            sent["Authorization"] = "Bearer " + self.tokens.sign([f"repository:{name}:pull,push"], 300)
+        connection: http.client.HTTPConnection
+        if self.tls is not None:
+            context = ssl.create_default_context(cafile=str(self.tls / "ca.crt"))
+            if self._client_ca is not None:
+                context.load_cert_chain(self.tls / "client.crt", self.tls / "client.key")
+            connection = http.client.HTTPSConnection(self.host, context=context, timeout=30)
+        else:
+            connection = http.client.HTTPConnection(self.host, timeout=30)
+        try:
+            connection.request(method, path, body, sent)
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+        finally:
+            connection.close()
+
+
+def _expect(status: int, wanted: int, body: bytes) -> None:
+    if status != wanted:
+        raise RuntimeError(f"the registry answered {status}: {body[:500]!r}")
