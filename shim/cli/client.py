@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import time
+from contextlib import closing
 from typing import Any
 
 from shim import settings
+from shim.errors import DaemonError
 from shim.runtime import client
 
 Answer = dict[str, Any]
 
 
-def ask(request: dict[str, object], fds: tuple[int, ...] = ()) -> Answer:
+def ask(request: dict[str, object]) -> Answer:
     """One request to a daemon that is running; raises the daemon's error, or DaemonError when none runs."""
     loaded = settings.load()
-    with client.connect(str(loaded.run_dir)) as connection:
-        return connection.request(request, fds=fds, timeout=float(loaded["mount_deadline"]) + 10)
+    connection = client.try_connect(str(loaded.run_dir), time.monotonic() + 10)
+    if connection is None:
+        raise DaemonError(
+            f"no daemon runs for {loaded.run_dir}", hint="the first container starts it, or `clip-shim daemon`"
+        )
+    with closing(connection):
+        return connection.request(request)
+
+
+def connect_or_start() -> client.Connection:
+    """A connection to the daemon, which is started as the wrapper would if none runs."""
+    from shim.cli.runtime_path import ensure_launcher
+    from shim.runtime import config
+    from shim.runtime.launcher import SETTINGS_NAME
+
+    launcher = ensure_launcher(settings.load())
+    loaded = config.load(str(launcher.with_name(SETTINGS_NAME)), dict(os.environb))
+    if loaded.problem is not None:
+        raise loaded.problem
+    return client.connect(loaded, dict(os.environb))

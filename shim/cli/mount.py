@@ -19,24 +19,22 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 
 def run(args: argparse.Namespace) -> int:
-    from shim import settings
+    from contextlib import closing
+
+    from shim.cli.client import connect_or_start
     from shim.errors import MountError, UsageError
     from shim.mount import syscalls
-    from shim.cli.runtime_path import daemon_command
-    from shim.runtime import client
 
     if not args.directory.is_dir():
         raise UsageError(f"{args.directory} is not a directory", hint="make it first with mkdir")
-    loaded = settings.load()
     fd = os.open(args.index, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    timeout = float(loaded["mount_deadline"])
-    with client.connect(str(loaded.run_dir), start=daemon_command(), timeout=timeout) as connection:
+    with closing(connect_or_start()) as connection:
         request = {"v": 1, "op": "acquire", "source": "mount", "value": str(args.index.absolute())}
-        answer = connection.request(request, fds=(fd,), timeout=timeout + 10)
+        answer = connection.request(request, fd)
         # A clone has a life of its own: the daemon may unmount its tree, ours stays until `umount`.
         try:
-            clone = syscalls.open_tree(answer["tree"], syscalls.OPEN_TREE_CLONE)
-            syscalls.move_mount(clone, str(args.directory.resolve()))
+            clone = syscalls.open_tree(answer["tree"], syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC)
+            syscalls.attach(clone, str(args.directory.resolve()))
         except OSError as error:
             raise MountError(f"cannot mount on {args.directory}: {error.strerror}") from error
     return 0

@@ -182,7 +182,6 @@ class Trees:
         log.info("tree mounted", image=meta["image"], index=tree.hex, tier=tier, timings=timings)
 
     def _mount_erofs(self, directory: Path, meta: dict[str, Any], names: list[str], target: str, tier: str) -> None:
-        sizes = [layer["uncompressed_size"] for layer in meta["layers"]]
         # Only what costs no fetch is compared now, and programs' loaders, which the container reads first anyway.
         probes = [
             probe
@@ -195,7 +194,6 @@ class Trees:
             directory=str(directory),
             blobs=self._blobs,
             names=names,
-            sizes=sizes,
             target=target,
             tier=tier,
             probes=probes,
