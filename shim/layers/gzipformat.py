@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 
 try:
-    from isal.isal_zlib import crc32  # four times as fast
+    from isal.isal_zlib import crc32 as crc32  # four times as fast
 except ImportError:
-    from zlib import crc32
+    from zlib import crc32 as crc32
 
 from shim.errors import LayerError
 from shim.layers.source import Source
@@ -65,9 +65,9 @@ def read_trailer(source: Source) -> tuple[int, int]:
 
 
 def at_end(source: Source) -> bool:
-    """After a member: is the layer over? Zero bytes up to the end are padding, as for gzip(1); other bytes are a member.
+    """After a member: is the layer over? Zero bytes up to the end are padding, as for gzip(1) and pigz.
 
-    Raises LayerError if padding is followed by something else.
+    False if another member begins. Raises LayerError if padding is followed by something else.
     """
     if not source.more():
         return True

@@ -14,7 +14,6 @@ from queue import SimpleQueue
 from threading import BoundedSemaphore, Lock, Thread
 from types import TracebackType
 
-from shim.errors import LayerError
 from shim.index.model import WINDOW_SIZE, Compression, SpanTable
 from shim.layers.decoders import SCANNERS, Writer, sniff
 from shim.layers.source import Source
@@ -183,13 +182,3 @@ class LayerScanner:
                 except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
                     self._fail(error)
             self._free.put(batch.buffer)
-
-
-def scan_bytes(data: bytes, spacing: int, compression: Compression | None = None) -> ScanResult:
-    """Scan a whole layer that is in memory."""
-    with LayerScanner(compression, spacing, lambda view: None) as scanner:
-        scanner.feed(data)
-        return scanner.finish()
-
-
-__all__ = ["MAX_SPAN", "MAX_SPACING", "MAX_UNCOMPRESSED", "MIN_SPACING", "LayerError", "LayerScanner", "ScanResult"]

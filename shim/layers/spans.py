@@ -84,6 +84,7 @@ class SpanBuilder:
         self._span_hash = hashlib.sha256()
         self._diff_hash = hashlib.sha256()
         self._run_cstart = 0  # where the run's restart point lies
+        self._continues = 0  # CONTINUE spans since then
         self._crc = 0
         self._member_start = 0
         self._probe: MarkerProbe | None = None
@@ -107,8 +108,6 @@ class SpanBuilder:
                         self._table.windows[-1 - self._continues] = self._probe.sparse(self._window)
                 else:
                     self._member_end(op)
-
-    _continues = 0  # CONTINUE spans since the last restart point
 
     def _data(self, view: memoryview) -> None:
         if self.hash_stream:
@@ -145,7 +144,9 @@ class SpanBuilder:
     def _member_end(self, end: MemberEnd) -> None:
         size = self._position - self._member_start
         if end.crc != self._crc or end.size != size & 0xFFFFFFFF:
-            raise LayerError(f"a gzip member does not match its checksum (it ends at uncompressed byte {self._position})")
+            raise LayerError(
+                f"a gzip member does not match its checksum (it ends at uncompressed byte {self._position})"
+            )
         self._crc = 0
         self._member_start = self._position
 

@@ -65,7 +65,7 @@ class MarkerProbe:
                     break
 
     def sparse(self, window: bytes) -> bytes:
-        """`window` (what really came before the point) with unused bytes zeroed, WINDOW_SIZE long; b"" if none is used."""
+        """`window` (what came before the point) with unused bytes zeroed, WINDOW_SIZE long; b"" if none is used."""
         size = min(self._sizes)
         pairs = bytearray(2 * size)
         pairs[0::2] = memoryview(self._outputs[0])[:size]
