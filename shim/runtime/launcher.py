@@ -2,9 +2,9 @@
 
 The launcher is `fastpath.py`'s text under a `#!` line with absolute paths: it needs no search path, no site-packages
 and no YAML. The settings lie in `clip-shim-runtime.json` next to it, with the modification time and size of the
-configuration file that they came from. A call that finds another stamp has them compiled again (`recompile`, in a process
-that may import everything) and goes on with the result. If the configuration is wrong, containers without a reference
-and all other verbs go on with the old settings, and those with one fail with what is wrong.
+configuration file that they came from. A call that finds another stamp has them compiled again (`recompile`, in a
+process that may import everything) and goes on with the result. If the configuration is wrong, other verbs and
+containers without a reference go on with the old settings, and containers with one fail with what is wrong.
 
 Not imported by the wrapper itself.
 """
@@ -43,7 +43,7 @@ def write_launcher(dest: Path, settings: Settings, daemon_command: list[str], *,
     settings_file = dest.parent / SETTINGS_NAME
     if config is None:
         config = Path(os.environ.get("CLIP_SHIM_CONFIG", DEFAULT_CONFIG))
-    text = f"#!{_interpreter()} {_FLAGS}\n# Written by clip-shim: an OCI runtime that stands in front of runc. Do not edit.\n"
+    text = f"#!{_interpreter()} {_FLAGS}\n# Written by clip-shim: an OCI runtime in front of runc. Do not edit.\n"
     text += Path(shim.runtime.fastpath.__file__).read_text(encoding="utf-8")
     text += f"\n\nsys.exit(launch({os.fspath(package)!r}, {os.fspath(settings_file)!r}))\n"
     compiled = compile_settings(settings, config, daemon_command, dest, package)
@@ -110,7 +110,7 @@ def find_runtimes(names: tuple[str, ...] | list[str], launcher: Path) -> list[st
 def recompile(settings_file: str, config_file: str) -> None:
     """Compile anew: print the settings as JSON, and write them to `settings_file` if they came from its own file.
 
-    Runs in a process of its own (`compile_command`); exit code 2 and one line on stderr when the configuration is wrong.
+    Runs in a process of its own (`compile_command`); exit code 2 and a line on stderr if the configuration is wrong.
     """
     try:
         old = json.loads(Path(settings_file).read_bytes())

@@ -1,15 +1,162 @@
-"""The wrapper behind the launcher's fast path, and `clip-shim <runc's command line>`."""
+"""The wrapper behind the launcher's fast path, and `clip-shim <runc's command line>`.
+
+Most creates end here: no reference, so the runtime is executed. Only one with a reference imports `create.py`.
+"""
 
 from __future__ import annotations
 
-import posix
+import os
+import sys
 
-from shim.runtime.fastpath import execute, read_settings
+from shim.errors import BundleError, ConfigError, MountError, ShimError
+from shim.runtime.argv import Invocation, parse
+from shim.runtime.bundle import Bundle
+from shim.runtime.config import DEFAULT_RUNTIMES, Config, load
+from shim.runtime.fastpath import POSTSTOP, execute, original_environ
+from shim.runtime.records import Record, is_valid_id, runtime_root
+from shim.runtime.reference import ANNOTATION, BUNDLE_FILE, SOURCE_ANNOTATION, Reference, find
+from shim.runtime.report import report
+from shim.runtime.rootfs import Rootfs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.runtime.create import Creation
+
+_REASON_MAX = 200
 
 
 def run(words: list[str], environ: dict[bytes, bytes], settings_file: str) -> int:
     """Do what `words` (a runtime's command line without argv[0]) asks for. Returns an exit code only on failure."""
-    settings = read_settings(settings_file)
-    problem = execute(settings["runtimes"], words, environ)
-    posix.write(2, f"clip-shim: {problem}\n".encode())
+    try:
+        config = load(settings_file, environ)
+    except ConfigError as error:
+        if parse(words).verb is not None or words[:1] == [POSTSTOP]:
+            report(error, parse(words))
+            return 1
+        execute(DEFAULT_RUNTIMES, words, environ)  # kill and delete must work whatever is wrong with us
+        report(error, Invocation())
+        return 1
+    return run_with(words, environ, config)
+
+
+def main(args: list[str]) -> int:
+    """`clip-shim ARGS`, from the command line: as `run`, with the settings read from their source."""
+    from pathlib import Path
+
+    from shim.runtime.launcher import compile_settings
+    from shim.settings import DEFAULT_CONFIG
+    from shim.settings import load as load_settings
+
+    environ = original_environ()
+    file = Path(os.environ.get("CLIP_SHIM_CONFIG", DEFAULT_CONFIG))
+    package = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "shim"]
+    compiled = compile_settings(load_settings(), file, command, Path(os.path.realpath(sys.argv[0])), package)
+    config = Config(compiled, environ)
+    config.hook = [os.path.realpath(sys.executable) if sys.prefix == sys.base_prefix else sys.executable, "-m", "shim"]
+    return run_with(args, environ, config)
+
+
+def run_with(words: list[str], environ: dict[bytes, bytes], config: Config) -> int:
+    """As `run`, with given settings. The outermost place of the wrapper: every error ends here."""
+    if words[:1] == [POSTSTOP]:
+        from shim.runtime.cleanup import poststop
+
+        return poststop(words[1:], config)
+    invocation = parse(words, config.style)
+    creation = None
+    try:
+        if invocation.verb is not None:
+            creation = prepare(invocation, config, environ)
+        problem: ShimError = ConfigError(
+            execute(config.runtimes, words, environ), hint="install runc, or set `runtimes` to where it is"
+        )
+    except ShimError as error:
+        problem = error
+    except Exception as error:  # noqa: BLE001  # the engine must get one line whatever happened
+        problem = ShimError(f"unexpected {type(error).__name__}: {error}")
+    if creation is not None:
+        creation.undo()
+    report(problem, invocation)
     return 1
+
+
+def prepare(invocation: Invocation, config: Config, environ: dict[bytes, bytes]) -> Creation | None:
+    """Make the container's root ready if its bundle has a reference. Raises ShimError with everything undone.
+
+    What the runtime refuses anyway (no ID, a live one, no bundle) is left to it, and so is every bundle of no concern.
+    """
+    if not is_valid_id(invocation.container):
+        return None
+    root = runtime_root(invocation.root, config.style)
+    if os.path.lexists(os.path.join(root, invocation.container)):
+        return None
+    try:
+        bundle = Bundle(invocation.bundle, invocation.config)
+    except (OSError, BundleError):
+        return None
+    record = Record(config, root, invocation.container)
+    try:
+        put_back(bundle, config)
+        found = _find(bundle, config, record)
+    except BundleError:
+        if ANNOTATION.encode() in bundle.data or os.path.lexists(os.path.join(bundle.directory, BUNDLE_FILE)):
+            raise
+        return None
+    if found is None:
+        return None
+    reference, rootfs = found
+    _refuse_if_disabled(config)
+    from shim.runtime.create import Creation
+
+    creation = Creation(config, bundle, rootfs, record)
+    if not creation.run(reference, root, invocation.container, environ):
+        return None
+    return creation
+
+
+def _find(bundle: Bundle, config: Config, record: Record) -> tuple[Reference, Rootfs] | None:
+    looked: list[Rootfs] = []
+
+    def rootfs() -> Rootfs:
+        if not looked:
+            record.load()
+            looked.append(Rootfs(bundle.rootfs, record))
+        return looked[0]
+
+    reference = find(bundle, config, lambda: rootfs().lowers())
+    return None if reference is None else (reference, rootfs())
+
+
+def put_back(bundle: Bundle, config: Config) -> None:
+    """Undo what an earlier run did to config.json and no poststop hook undid: it lost power, or was killed.
+
+    The annotation is believed only when root.path leads into our own directory: engines write that, never a user.
+    """
+    ours = os.path.join(config.run_dir, "containers") + "/"
+    if ours.encode() not in bundle.data or not bundle.rootfs.startswith(ours):
+        return
+    source = bundle.annotations.pop(SOURCE_ANNOTATION, None)
+    if not isinstance(source, str):
+        raise BundleError(f"{bundle.path}: `root.path` leads into {ours}, which is not a rootfs to start from")
+    bundle.section("root")["path"] = source
+    bundle.drop_poststop(POSTSTOP)
+    bundle.data = bundle.write()
+
+
+def _refuse_if_disabled(config: Config) -> None:
+    for path in config.kill_switches:
+        if os.path.lexists(path):
+            reason = ""
+            try:
+                with open(path, "rb") as file:
+                    reason = " ".join(file.read(_REASON_MAX).decode("utf-8", "replace").split())
+            except OSError:
+                pass
+            raise MountError(
+                f"lazily loaded containers are switched off on this node: {path} exists"
+                + (f" ({reason})" if reason else ""),
+                hint="remove that file to switch them on again",
+            )
+    if config.problem is not None:
+        raise config.problem

@@ -1,0 +1,128 @@
+"""The wrapper's side of the control socket (`shim/ARCHITECTURE.md`, wrapper ↔ daemon), without the `socket` module."""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import sys
+import time
+
+import shim.errors
+from shim.errors import DaemonError, ShimError
+from shim.runtime import jsontext
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from shim.runtime.config import Config
+
+_ANSWER_MAX = 8 << 20
+_ABSENT = (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR)
+
+
+class Connection:
+    """An open connection to the daemon. A tree that was acquired on it stays mounted until `close`."""
+
+    __slots__ = ("_end", "_socket")
+
+    def __init__(self, socket: _socket.socket, end: float) -> None:
+        self._socket = socket
+        self._end = end
+
+    def request(self, message: dict[str, Any], fd: int = -1) -> dict[str, Any]:
+        """Send one request, with a descriptor unless `fd` is -1, and wait for its answer.
+
+        Raises the error that the daemon names, or DaemonError: no answer in time, or nonsense.
+        """
+        data = (jsontext.encode(message) + "\n").encode()
+        beside = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))] if fd >= 0 else []
+        try:
+            self._limit()
+            sent = self._socket.sendmsg([data], beside)
+            if sent < len(data):
+                self._socket.sendall(data[sent:])
+            answer = self._receive()
+        except TimeoutError:
+            raise DaemonError(
+                "the daemon did not answer in time", hint="see `clip-shim status --waiting`, or raise `mount_deadline`"
+            ) from None
+        except OSError as error:
+            raise DaemonError(f"the daemon ended before it answered (errno {error.errno})") from error
+        if answer.get("ok") is not True:
+            raise _error_of(answer)
+        return answer
+
+    def _limit(self) -> None:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+
+    def _receive(self) -> dict[str, Any]:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            self._limit()
+            part = self._socket.recv(65536)
+            if not part:
+                raise DaemonError("the daemon ended before it answered")
+            parts.append(part)
+            size += len(part)
+            if part.endswith(b"\n"):
+                break
+            if size > _ANSWER_MAX:
+                raise DaemonError("the daemon's answer has no end")
+        try:
+            answer = jsontext.decode(b"".join(parts))
+        except ValueError as error:
+            raise DaemonError(f"the daemon's answer is no JSON: {error}") from None
+        if not isinstance(answer, dict):
+            raise DaemonError("the daemon's answer is no object")
+        return answer
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _error_of(answer: dict[str, Any]) -> ShimError:
+    text = answer.get("error")
+    hint = answer.get("hint")
+    kind = getattr(shim.errors, str(answer.get("kind")), None)
+    if not (isinstance(kind, type) and issubclass(kind, ShimError)):
+        kind = DaemonError
+    return kind(str(text) if text else "the daemon refused without a reason", hint=str(hint) if hint else None)
+
+
+def try_connect(run_dir: str, end: float) -> Connection | None:
+    """Connect to the daemon's control socket. None if there is no daemon; DaemonError for any other trouble."""
+    try:
+        directory = os.open(run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise DaemonError(f"{run_dir} cannot be opened (errno {error.errno})") from error
+    socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    try:
+        socket.settimeout(max(end - time.monotonic(), 0.001))
+        socket.connect(f"/proc/self/fd/{directory}/control.sock")  # a socket's own path may have 107 bytes only
+    except OSError as error:
+        socket.close()
+        if error.errno in _ABSENT:
+            return None
+        raise DaemonError(f"the daemon at {run_dir}/control.sock cannot be reached: {error}") from error
+    finally:
+        os.close(directory)
+    return Connection(socket, end)
+
+
+def connect(config: Config, environ: dict[bytes, bytes]) -> Connection:
+    """Connect to the daemon; start it first if none answers. Raises DaemonError within `config.mount_deadline`."""
+    end = time.monotonic() + config.mount_deadline
+    connection = try_connect(config.run_dir, end)
+    if connection is None:
+        from shim.runtime.starter import start
+
+        connection = start(config, environ, end)
+    return connection
