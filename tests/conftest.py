@@ -36,11 +36,11 @@ def disk_path() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def registry_address() -> Iterator[str]:
-    """ "127.0.0.1:PORT" of a real registry that lives as long as the session."""
-    from tests.support.registry import start_registry
+    """Host and port of a real registry that lives as long as the session."""
+    from tests.support.registry import Registry
 
-    with start_registry() as registry:
-        yield registry.address
+    with Registry() as registry:
+        yield registry.host
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,22 @@ class Engine:
         self.clip = str(host.runtime) if clip else self.plain
         self.base = host.base / self.name
         self.base.mkdir()
+        self._pulled: set[str] = set()
+        self._pulling = threading.Lock()
 
     def call(self, *arguments: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
         raise NotImplementedError
+
+    def _pull(self, reference: str) -> None:
+        raise NotImplementedError
+
+    def pull(self, reference: str) -> str:
+        """Pull from the local registry, once. Returns `reference`."""
+        with self._pulling:
+            if reference not in self._pulled:
+                self._pull(reference)
+                self._pulled.add(reference)
+        return reference
 
     def output(self, *arguments: str | Path, **more: Any) -> str:
         """stdout of the client, without the last newline."""
@@ -80,9 +94,8 @@ class Containerd(Engine):
     def call(self, *arguments: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
         return self.host.run("ctr", "-a", self.socket, *arguments, **more)
 
-    def pull(self, reference: str) -> str:
+    def _pull(self, reference: str) -> None:
         self.call("images", "pull", "--plain-http", reference)
-        return reference
 
     def run(self, *arguments: str | Path, runtime: str | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
         return self.call("run", "--runc-binary", runtime or self.clip, *arguments, **more)
@@ -132,9 +145,8 @@ class Docker(Engine):
     def call(self, *arguments: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
         return self.host.run("docker", "--config", self.base, "-H", f"unix://{self.socket}", *arguments, **more)
 
-    def pull(self, reference: str) -> str:
+    def _pull(self, reference: str) -> None:
         self.call("pull", "-q", reference)
-        return reference
 
     def run(self, *arguments: str | Path, runtime: str = "clip", **more: Any) -> subprocess.CompletedProcess[str]:
         return self.call("run", "--network=none", f"--runtime={runtime}", *arguments, **more)
@@ -172,7 +184,6 @@ class Podman(Engine):
             '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]\nnetns = "none"\n'
             '[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\nruntime = "plain"\n'
             f'runtime_supports_json = ["clip", "plain"]\ntmp_dir = "{self.base}/tmp"\n'
-            f'static_dir = "{self.base}/static"\nvolume_path = "{self.base}/volumes"\n'
             f'[engine.runtimes]\nplain = ["{self.plain}"]\nclip = ["{self.clip}"]\n'
         )
         return self
@@ -188,9 +199,8 @@ class Podman(Engine):
         }
         return self.host.run("podman", *arguments, env=env, **more)
 
-    def pull(self, reference: str) -> str:
+    def _pull(self, reference: str) -> None:
         self.call("pull", "-q", "--tls-verify=false", reference)
-        return reference
 
     def run(self, *arguments: str | Path, runtime: str = "clip", **more: Any) -> subprocess.CompletedProcess[str]:
         return self.call("--runtime", runtime, "run", *arguments, **more)

@@ -204,6 +204,10 @@ class Host:
                 found.append((fstype, point, source))
         return found
 
+    def seen(self, path: Path) -> Path:
+        """`path` as this host's namespace sees it, for programs outside."""
+        return path if self._holder is None else Path(f"/proc/{self._holder.pid}/root{path}")
+
     def clip_overlays(self) -> list[str]:
         """Mount points of overlays that the runtime made."""
         return [point for fstype, point, source in self.mounts() if fstype == "overlay" and source.startswith("clip:")]

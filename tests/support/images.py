@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,6 +293,19 @@ def push(source: Image, registry: str, repository: str | None = None, tag: str =
             name = entry["annotations"]["org.opencontainers.image.ref.name"]
             put(entry, tag if name == "latest" else name)
     return f"{registry}/{repository}:{tag}"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file in hex, as sha256sum prints it."""
+    return joined_digest([path])
+
+
+def joined_digest(paths: Iterable[Path]) -> str:
+    """SHA-256 of files one after the other, in hex."""
+    sha = hashlib.sha256()
+    for path in paths:
+        sha.update(path.read_bytes())
+    return sha.hexdigest()
 
 
 if __name__ == "__main__":

@@ -174,6 +174,12 @@ def _shared(which: str) -> Recipe:
     return Recipe(layers, {"Env": [PATH], "Cmd": ["/bin/sh"]})
 
 
+def _blank() -> Recipe:
+    """Nothing but a file: the engine's part of a root whose rest is lazy."""
+    layer = Entries("blank", lambda: [ocitar.Entry(b"only-in-blank", data=b"blank\n")])
+    return Recipe((layer,), {"Env": [PATH], "Cmd": ["/bin/sh"]})
+
+
 def _debian_image() -> Recipe:
     return Recipe((_debian_layer(),), {"Env": [PATH], "Cmd": ["python3"]})
 
@@ -194,6 +200,7 @@ IMAGES: dict[str, Callable[[], Recipe]] = {
     "small": lambda: _small("gzip"),
     **{f"small-{kind}": (lambda kind=kind: _small(kind)) for kind in ocitar.COMPRESS if kind != "gzip"},  # type: ignore[misc]
     "odd": _odd,
+    "blank": _blank,
     "shared-a": lambda: _shared("a"),
     "shared-b": lambda: _shared("b"),
     "debian": _debian_image,
