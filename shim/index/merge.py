@@ -34,7 +34,7 @@ MAX_NAME = 255  # NAME_MAX
 MAX_PATH = 4096  # PATH_MAX
 MAX_LINKS = 255  # symlinks followed for one path, as containerd's fs.RootPath
 MAX_STEPS = 50_000_000  # path components walked through symlinks, all in all: symlink mazes end here
-MAX_ID = 0xFFFF_FFFE  # -1 means "leave it" to chown(2)
+NO_ID = 0xFFFF_FFFF  # -1 means "leave it" to chown(2): a new file stays root's
 MAX_XATTR = 65536  # XATTR_SIZE_MAX
 MAX_MTIME = (1 << 63) - 1
 
@@ -216,7 +216,7 @@ class TreeMerger:
             return  # engines ignore anything else that claims to be the root
         parent_path, _, base = path.rpartition(b"/")
         if path[:8] == _AUFS and path != _OPAQUE:
-            if path.startswith(_AUFS_LINKS) and entry.typeflag in (b"0", b"\0", b"7"):
+            if path.startswith(_AUFS_LINKS) and entry.typeflag == b"0":
                 self._aufs_links[base] = self._file(entry)
             return
         parent = self._dirs.get(parent_path)
@@ -248,7 +248,7 @@ class TreeMerger:
     def _make(self, entry: TarEntry, path: bytes) -> Node | None:
         """The node of an entry that is no directory; its name is free already. None: nothing is to stand there."""
         kind = entry.typeflag
-        if kind in (b"0", b"\0", b"7"):
+        if kind == b"0":
             return self._file(entry)
         if kind == b"1":
             return self._hard_link(entry, path)
@@ -279,7 +279,10 @@ class TreeMerger:
         node = self._node(entry, stat.S_IFREG)
         node.size = entry.size
         layer = self._layer
-        node.extents = tuple([Extent(at, layer, offset, length) for at, offset, length in entry.extents if length])
+        if entry.extents is not None:
+            node.extents = tuple([Extent(at, layer, offset, length) for at, offset, length in entry.extents if length])
+        elif entry.size:
+            node.extents = (Extent(0, layer, entry.data_offset, entry.size),)
         return node
 
     def _hard_link(self, entry: TarEntry, path: bytes) -> Node:
@@ -314,11 +317,11 @@ class TreeMerger:
 
     def _set_metadata(self, node: Node, entry: TarEntry) -> None:
         uid, gid, mtime = entry.uid, entry.gid, entry.mtime
-        if not (0 <= uid <= MAX_ID and 0 <= gid <= MAX_ID):
+        if not (0 <= uid <= NO_ID and 0 <= gid <= NO_ID):
             raise self._error(entry.name, f"has the impossible owner {uid}:{gid}")
         node.mode = stat.S_IFMT(node.mode) | entry.mode & 0o7777
-        node.uid = uid
-        node.gid = gid
+        node.uid = uid if uid != NO_ID else 0
+        node.gid = gid if gid != NO_ID else 0
         node.mtime = mtime if 0 <= mtime <= MAX_MTIME else 0  # engines: containerd boundTime, moby chtimes
         node.xattrs = self._xattrs(entry, node.mode) if entry.xattrs else ()
 
