@@ -247,20 +247,20 @@ def _network_error(error: BaseException, host: str, watch: Watch | None) -> Regi
             return RegistryError(f"TLS with {host} failed: {text}", hint=hint, retryable="version" not in text)
     if any(isinstance(cause, requests.exceptions.InvalidURL | UnicodeError) for cause in chain):
         return RegistryError(f"a URL at {host} is not valid")
-    return RegistryError(f"{_symptom(chain)} {host}", retryable=True)
+    return RegistryError(_symptom(chain, host), retryable=True)
 
 
-def _symptom(chain: list[BaseException]) -> str:
+def _symptom(chain: list[BaseException], host: str) -> str:
     if any(isinstance(c, requests.exceptions.ProxyError) for c in chain):
-        return "the proxy failed on the way to"
-    if any(isinstance(c, requests.exceptions.ConnectTimeout) for c in chain):
-        return "no connection in time to"
-    if any(isinstance(c, TimeoutError | requests.exceptions.Timeout | urllib3.exceptions.TimeoutError) for c in chain):
-        return "no bytes in time from"
+        return f"the proxy on the way to {host} failed"
     for cause in chain:
         if isinstance(cause, OSError) and cause.errno in errno.errorcode and cause.strerror:
-            return f"{cause.strerror.lower()}: connection with"
-    return "the connection was cut short by"
+            return f"cannot talk to {host}: {cause.strerror.lower()}"
+    if any(isinstance(c, requests.exceptions.ConnectTimeout) for c in chain):
+        return f"{host} cannot be reached in time"
+    if any(isinstance(c, TimeoutError | requests.exceptions.Timeout | urllib3.exceptions.TimeoutError) for c in chain):
+        return f"{host} sent nothing in time"
+    return f"{host} cut the connection short"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

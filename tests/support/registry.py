@@ -33,6 +33,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from shim.registry.client import RegistryClient
+from shim.registry.credentials import CredentialStore
+from shim.registry.hooks import Hooks
+from shim.registry.retry import RetryPolicy
+
 PROGRAM = "docker-registry"
 USER, PASSWORD = "alice", "s3cret:pass"
 # bcrypt of PASSWORD at the least cost: a registry checks it with every request
@@ -58,6 +63,37 @@ def tar_of(files: Mapping[str, bytes]) -> bytes:
 
 def gzip_of(data: bytes) -> bytes:
     return gzip.compress(data, 6, mtime=0)
+
+
+class World(Hooks):
+    """Hooks whose waits take no time: `sleeps` has them, and the clock goes on by as much. Warnings are kept."""
+
+    def __init__(self) -> None:
+        self.sleeps: list[float] = []
+        self.warnings: list[str] = []
+        self.extra = 0.0
+        super().__init__(
+            clock=lambda: time.monotonic() + self.extra,
+            wall=lambda: time.time() + self.extra,
+            sleep=self._sleep,
+            random=lambda: 1.0,
+            warn=self.warnings.append,
+        )
+
+    def _sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        self.extra += seconds
+
+
+def make_client(
+    home: Path, registries: Mapping[str, Any] | None = None, *, hooks: Hooks | None = None, **options: Any
+) -> RegistryClient:
+    """A client that knows nothing of this machine: credentials from `home` alone, no certs.d, quick retries."""
+    hooks = hooks or Hooks()
+    env = {"HOME": str(home), "XDG_RUNTIME_DIR": str(home / "run")}
+    options.setdefault("credentials", CredentialStore(env, hooks=hooks))
+    options.setdefault("policy", RetryPolicy(base=0.01, cap=0.05))
+    return RegistryClient(registries, hooks=hooks, certs_dirs=(), **options)
 
 
 def make_certificates(directory: Path, *names: str) -> None:
@@ -100,7 +136,22 @@ class TokenServer:
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         subprocess.run(
-            "openssl req -x509 -newkey rsa:2048 -nodes -days 30 -keyout key.pem -out cert.pem -subj /CN=tokens".split(),
+            [
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-days",
+                "30",
+                "-keyout",
+                "key.pem",
+                "-out",
+                "cert.pem",
+                "-subj",
+                "/CN=tokens",
+            ],
             cwd=self.directory,
             check=True,
             capture_output=True,
@@ -316,13 +367,14 @@ class Registry:
             "mediaType": OCI + "manifest.v1+json",
             "config": {"mediaType": OCI + "config.v1+json", "digest": sha256(raw), "size": len(raw)},
             "layers": [
-                {"mediaType": layer_type, "digest": self.push_blob(name, layer), "size": len(layer)}
-                for layer in layers
+                {"mediaType": layer_type, "digest": self.push_blob(name, layer), "size": len(layer)} for layer in layers
             ],
         }
         return self.push_manifest(name, tag, manifest, OCI + "manifest.v1+json")
 
-    def push_index(self, name: str, tag: str, images: Mapping[str, str], extra: Sequence[Mapping[str, Any]] = ()) -> str:
+    def push_index(
+        self, name: str, tag: str, images: Mapping[str, str], extra: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """Push an image index of platform -> digest of a manifest that is there; `extra` entries are put in front."""
         entries: list[Mapping[str, Any]] = [*extra]
         for platform, digest in images.items():
