@@ -1,0 +1,283 @@
+"""The native index file: `Index` to bytes and back. FORMAT.md describes the bytes.
+
+Reading is safe on hostile input: whatever the bytes, the result is a valid Index or IndexFormatError; time and memory
+stay in proportion to the file (at most 256 raw bytes for each stored one, and the absolute bounds in `validate`).
+The same Index gives the same bytes, as long as liblzma is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import stat
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from shim.errors import IndexFormatError
+from shim.index import container, spancodec, treecodec
+from shim.index.container import Container
+from shim.index.model import Compression, Index, Layer, Node, Restart, SpanTable, Tree
+from shim.index.sparse import SparseWindows
+from shim.index.validate import MAX_CONFIG, MAX_LAYERS, validate_head, validate_index, validate_spans, validate_tree
+
+Data = bytes | bytearray | memoryview | mmap.mmap
+
+META = b"META"
+CONFIG = b"CONF"
+TREE = b"TREE"
+SPANS = b"SPAN"
+WINDOWS = b"WIND"
+LIMITS = {
+    META: 1 << 20,
+    CONFIG: MAX_CONFIG,
+    TREE: treecodec.MAX_RAW,
+    SPANS: spancodec.MAX_SPAN_RAW,
+    WINDOWS: spancodec.MAX_WINDOW_RAW,
+}
+_LAYER_KEYS = ("digest", "diff_id", "media_type", "size", "uncompressed_size", "compression")
+
+
+def index_digest(data: Data) -> str:
+    """The name of an index: "sha256:" and the hash of the whole file."""
+    return "sha256:" + sha256(data).hexdigest()
+
+
+def encode(index: Index) -> bytes:
+    """The index file. `nlink` is not stored, xattrs are sorted; everything else comes back as it is.
+
+    Raises IndexFormatError if `index` is not valid, or larger than the format allows.
+    """
+    return container.pack([(tag, container.MANDATORY, raw) for tag, raw in raw_sections(index).items()])
+
+
+def raw_sections(index: Index) -> dict[bytes, bytes]:
+    """The sections before compression, in file order: the same whatever the version of liblzma."""
+    validate_index(index)
+    counts = count_entries(index.tree), sum(map(_restarts, index.layers))
+    sections = {
+        META: _encode_meta(index, *counts),
+        CONFIG: index.config,
+        TREE: treecodec.encode_tree(index.tree, len(index.layers)),
+        SPANS: spancodec.encode_spans(index.layers),
+        WINDOWS: spancodec.encode_windows(index.layers),
+    }
+    for tag, raw in sections.items():
+        if len(raw) > LIMITS[tag]:
+            raise IndexFormatError(f"the image is too large: section {tag.decode()} would take {len(raw)} bytes")
+    return sections
+
+
+def decode(data: Data, *, tree: bool = True, spans: bool = True) -> Index:
+    """The index in a file's bytes. What is switched off is neither read nor checked, and comes out empty: `tree` as a
+    bare root directory, `spans` as tables without spans.
+
+    Raises IndexFormatError: not an index, damaged, hostile, or of a version this one does not know.
+    """
+    with memoryview(data) as view, view.cast("B") as flat:
+        box = container.parse(flat, frozenset(LIMITS))
+        try:
+            index, meta = _read_head(box)
+            if spans:
+                _read_spans(box, index, meta)
+            if tree:
+                index.tree = _read_tree(box, index, meta)
+            return index
+        finally:
+            box.view.release()
+
+
+def decode_tree(data: Data) -> Tree:
+    """The merged tree alone. Raises IndexFormatError as `decode`."""
+    return decode(data, spans=False).tree
+
+
+def summary(data: Data) -> dict[str, Any]:
+    """What an index is about, without reading its tree or spans: image, digest, platform, layers (their number),
+    entries, image_bytes (compressed layers), index_bytes, seek_points (spans at which reading can begin).
+
+    Raises IndexFormatError as `decode`.
+    """
+    with memoryview(data) as view, view.cast("B") as flat:
+        box = container.parse(flat, frozenset(LIMITS))
+        try:
+            index, meta = _read_head(box)
+        finally:
+            box.view.release()
+        return {
+            "image": index.image,
+            "digest": index.digest,
+            "platform": index.platform,
+            "layers": len(index.layers),
+            "entries": meta["entries"],
+            "image_bytes": sum(layer.size for layer in index.layers),
+            "index_bytes": len(flat),
+            "seek_points": meta["seek_points"],
+        }
+
+
+def write_index(path: str | os.PathLike[str], index: Index) -> str:
+    """Encode into `path`, mode 0644: complete or not at all, also after a crash. Returns the index digest.
+
+    Raises IndexFormatError for an invalid index (nothing is written) and OSError.
+    """
+    data = encode(index)
+    write_file(Path(path), data)
+    return index_digest(data)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, mode 0644, by temporary file, fsync and rename. Raises OSError."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", dir=path.parent)
+    try:
+        with open(handle, "wb") as out:
+            out.write(data)
+            os.fchmod(out.fileno(), 0o644)
+            out.flush()
+            os.fsync(out.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def read_index(source: str | os.PathLike[str] | int) -> Index:
+    """`decode(read_file(source))`."""
+    return decode(read_file(source))
+
+
+def read_file(source: str | os.PathLike[str] | int) -> bytes:
+    """An index file's bytes, from a path (a symlink is refused) or an open descriptor (left open, its position unused).
+
+    Never blocks on a fifo or device. Raises IndexFormatError if it is no regular file, longer than 512 MiB, or changes
+    while it is read, and OSError if it cannot be opened.
+    """
+    if isinstance(source, int):
+        return _read_descriptor(source, f"descriptor {source}")
+    handle = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return _read_descriptor(handle, os.fspath(source))
+    finally:
+        os.close(handle)
+
+
+def _read_descriptor(handle: int, name: str) -> bytes:
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        raise IndexFormatError(f"{name} is not a regular file")
+    if found.st_size > container.MAX_FILE:
+        raise IndexFormatError(f"{name} is {found.st_size} bytes long, at most {container.MAX_FILE} are allowed")
+    pieces, at = [], 0
+    while at < found.st_size and (piece := os.pread(handle, found.st_size - at, at)):
+        pieces.append(piece)
+        at += len(piece)
+    if at != found.st_size:
+        raise IndexFormatError(f"{name} changed while it was read")
+    return b"".join(pieces)
+
+
+def count_entries(tree: Tree) -> int:
+    """Names in the tree, the root included."""
+    count, stack = 1, [tree.root]
+    while stack:
+        children = stack.pop().children or {}
+        count += len(children)
+        stack.extend(node for node in children.values() if node.children)
+    return count
+
+
+def _restarts(layer: Layer) -> int:
+    return layer.spans.count - layer.spans.kinds.count(Restart.CONTINUE)
+
+
+def _encode_meta(index: Index, entries: int, seek_points: int) -> bytes:
+    layers = [{key: getattr(layer, key) for key in _LAYER_KEYS} for layer in index.layers]
+    for layer in layers:
+        layer["compression"] = Compression(layer["compression"]).name.lower()
+    meta = {
+        "image": index.image,
+        "digest": index.digest,
+        "platform": index.platform,
+        "checkpoint_mib": index.checkpoint_mib,
+        "entries": entries,
+        "seek_points": seek_points,
+        "layers": layers,
+    }
+    return json.dumps(meta, separators=(",", ":")).encode("ascii")
+
+
+def _read_head(box: Container) -> tuple[Index, dict[str, Any]]:
+    raw = box.read(META, LIMITS[META])
+    try:
+        meta = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise IndexFormatError("section META is not valid JSON") from error
+    if not isinstance(meta, dict):
+        raise IndexFormatError("section META is no JSON object")
+    rows = _get(meta, "layers", list)
+    if len(rows) > MAX_LAYERS:
+        raise IndexFormatError(f"the image has {len(rows)} layers, at most {MAX_LAYERS} are allowed")
+    for key in ("entries", "seek_points"):
+        if _get(meta, key, int) < 0:
+            raise IndexFormatError(f"section META: `{key}` is negative")
+    index = Index(
+        image=_get(meta, "image", str),
+        digest=_get(meta, "digest", str),
+        platform=_get(meta, "platform", str),
+        config=box.read(CONFIG, LIMITS[CONFIG]),
+        layers=[_read_layer(row) for row in rows],
+        tree=Tree(Node(stat.S_IFDIR | 0o755, children={}, nlink=2)),
+        checkpoint_mib=_get(meta, "checkpoint_mib", int),
+    )
+    validate_head(index)
+    return index, meta
+
+
+def _read_layer(row: object) -> Layer:
+    if not isinstance(row, dict):
+        raise IndexFormatError("section META: a layer is no JSON object")
+    names = {kind.name.lower(): kind for kind in Compression}
+    compression = names.get(_get(row, "compression", str))
+    if compression is None:
+        raise IndexFormatError("section META: a layer's compression is unknown")
+    return Layer(
+        digest=_get(row, "digest", str),
+        diff_id=_get(row, "diff_id", str),
+        size=_get(row, "size", int),
+        uncompressed_size=_get(row, "uncompressed_size", int),
+        media_type=_get(row, "media_type", str),
+        compression=compression,
+        spans=SpanTable(windows=SparseWindows()),
+    )
+
+
+def _get(table: dict[str, Any], key: str, kind: type) -> Any:
+    value = table.get(key)
+    if type(value) is not kind:  # not isinstance: True is no number here
+        raise IndexFormatError(f"section META: `{key}` is missing or not of type {kind.__name__}")
+    return value
+
+
+def _read_spans(box: Container, index: Index, meta: dict[str, Any]) -> None:
+    tables = spancodec.decode_spans(box.read(SPANS, LIMITS[SPANS]), len(index.layers))
+    spancodec.decode_windows(box.read(WINDOWS, LIMITS[WINDOWS]), tables)
+    for number, (layer, table) in enumerate(zip(index.layers, tables, strict=True)):
+        layer.spans = table
+        validate_spans(layer, number)
+    if sum(map(_restarts, index.layers)) != meta["seek_points"]:
+        raise IndexFormatError("section META gives another number of seek points than the span tables")
+
+
+def _read_tree(box: Container, index: Index, meta: dict[str, Any]) -> Tree:
+    tree = treecodec.decode_tree(box.read(TREE, LIMITS[TREE]), len(index.layers))
+    validate_tree(tree, [layer.uncompressed_size for layer in index.layers])
+    if count_entries(tree) != meta["entries"]:
+        raise IndexFormatError("section META gives another number of entries than the tree")
+    return tree

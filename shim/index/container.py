@@ -1,0 +1,179 @@
+"""The index file's outer form: header, section table, sections, trailer (FORMAT.md has the byte table).
+
+All offsets are relative to the header, and the last 16 bytes of the file lead to it, so the whole may stand behind
+other data: a file may begin with a Go clip file, and each reader sees its own part. What a section means is not known
+here.
+"""
+
+from __future__ import annotations
+
+import lzma
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+
+from shim.errors import IndexFormatError
+
+MAGIC = b"\x89CSI\r\n\x1a\n"  # a high byte, letters, both line ends and ctrl-Z: text-mode transfers damage it visibly
+END_MAGIC = b"CSI-END\n"
+GO_MAGIC = b"\x89CLIP\r\n\x1a\n"
+MAJOR = 1
+MINOR = 0
+MAX_FILE = 512 << 20
+MAX_SECTIONS = 64
+MANDATORY = 1  # flag: a reader that does not know the section must refuse the file
+
+STORED = 0
+LZMA2 = 1
+_MAX_DICT = 8 << 20  # decoding takes this much memory beside the result, encoding about 12 times as much
+_FREE_RAW = 64 << 10
+_MAX_RATIO = 256  # raw bytes for each stored one: what a small file can make a reader allocate is bounded
+
+_HEADER = struct.Struct("<8sHHIQ8s32s")  # magic, major, minor, sections, total length, zero, SHA-256 of the table
+_ROW = struct.Struct("<4sHHQQQ32s")  # tag, flags, codec, offset, stored length, raw length, SHA-256 of the stored bytes
+_TRAILER = struct.Struct("<Q8s")  # total length, end magic
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One row of the section table. `offset` counts from the header."""
+
+    tag: bytes
+    flags: int
+    codec: int
+    offset: int
+    length: int
+    raw_length: int
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A parsed section table over `view`, our part of the file (header to trailer). Sections are checked when read."""
+
+    view: memoryview
+    sections: Mapping[bytes, Section]
+    minor: int
+
+    def read(self, tag: bytes, limit: int) -> bytes:
+        """The raw bytes of section `tag`, its hash and lengths checked; at most `limit` bytes are allocated for them.
+
+        Raises IndexFormatError: the section is absent, damaged, longer than `limit`, or of an unknown codec.
+        """
+        name = tag.decode("ascii", "replace")
+        section = self.sections.get(tag)
+        if section is None:
+            raise IndexFormatError(f"the index has no section {name}")
+        if section.raw_length > limit:
+            raise IndexFormatError(f"section {name} is {section.raw_length} bytes long, at most {limit} are allowed")
+        stored = bytes(self.view[section.offset : section.offset + section.length])
+        if sha256(stored).digest() != section.sha256:
+            raise IndexFormatError(f"section {name} is damaged: its SHA-256 is not the one in the table")
+        if section.codec == STORED:
+            if section.raw_length != section.length:
+                raise IndexFormatError(f"section {name} contradicts itself: stored as it is, with two lengths")
+            return stored
+        if section.codec != LZMA2:
+            raise IndexFormatError(f"section {name} uses codec {section.codec}, which this version does not know")
+        return _decompress(stored, section.raw_length, name)
+
+
+def _filters(raw_length: int) -> list[dict[str, int]]:
+    """LZMA2 as section raw bytes of this length are coded; the decoder needs `dict_size` alone of it."""
+    size = min(max(4096, 1 << (raw_length - 1).bit_length()) if raw_length else 4096, _MAX_DICT)
+    return [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": size, "lc": 3, "lp": 0, "pb": 0}]
+
+
+def _decompress(stored: bytes, raw_length: int, name: str) -> bytes:
+    if raw_length > _FREE_RAW + _MAX_RATIO * len(stored):
+        raise IndexFormatError(
+            f"section {name} claims {raw_length} bytes from {len(stored)}: more than a reader accepts"
+        )
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_filters(raw_length))
+    try:
+        raw = decoder.decompress(stored, max_length=raw_length + 1)
+    except (lzma.LZMAError, EOFError) as error:
+        raise IndexFormatError(f"section {name} cannot be decompressed: {error}") from error
+    if len(raw) != raw_length or not decoder.eof or decoder.unused_data:
+        raise IndexFormatError(f"section {name} does not decompress to the {raw_length} bytes the table promises")
+    return raw
+
+
+def _compress(raw: bytes) -> tuple[int, bytes]:
+    """(codec, stored bytes): whichever is shorter, and always within what `_decompress` accepts."""
+    packed = lzma.compress(raw, lzma.FORMAT_RAW, filters=_filters(len(raw)))
+    if len(packed) >= len(raw) or len(raw) > _FREE_RAW + _MAX_RATIO * len(packed):
+        return STORED, raw
+    return LZMA2, packed
+
+
+def pack(sections: list[tuple[bytes, int, bytes]]) -> bytes:
+    """The file made of `sections`: (four-byte tag, flags, raw bytes), in this order."""
+    rows, bodies = [], []
+    offset = _HEADER.size + _ROW.size * len(sections)
+    for tag, flags, raw in sections:
+        codec, stored = _compress(raw)
+        rows.append(_ROW.pack(tag, flags, codec, offset, len(stored), len(raw), sha256(stored).digest()))
+        bodies.append(stored)
+        offset += len(stored)
+    table = b"".join(rows)
+    total = offset + _TRAILER.size
+    if total > MAX_FILE:
+        raise IndexFormatError(f"the index would be {total} bytes long, at most {MAX_FILE} are allowed")
+    header = _HEADER.pack(MAGIC, MAJOR, MINOR, len(sections), total, bytes(8), sha256(table).digest())
+    return b"".join([header, table, *bodies, _TRAILER.pack(total, END_MAGIC)])
+
+
+def locate(view: memoryview) -> tuple[int, int]:
+    """(offset, length) of our part within a file. Raises IndexFormatError if there is none."""
+    if len(view) >= _TRAILER.size:
+        total, magic = _TRAILER.unpack_from(view, len(view) - _TRAILER.size)
+        if magic == END_MAGIC:
+            if not _HEADER.size + _TRAILER.size <= total <= min(len(view), MAX_FILE):
+                raise IndexFormatError("the index is damaged: its trailer gives an impossible length")
+            return len(view) - total, total
+    if len(view) == 0:
+        raise IndexFormatError("the file is empty, not an index")
+    if bytes(view[: len(GO_MAGIC)]) == GO_MAGIC:
+        raise IndexFormatError("this is a Go clip file, which has no restart points and no full file attributes")
+    if bytes(view[: len(MAGIC)]) == MAGIC:
+        raise IndexFormatError("the index is cut short or has bytes behind its end")
+    raise IndexFormatError("the file is not a clip index")
+
+
+def parse(view: memoryview, known: frozenset[bytes]) -> Container:
+    """Find our part of the file in `view` and check header, table and trailer; `known` are the tags the caller reads.
+
+    Raises IndexFormatError: not an index, damaged, of another major version, or with a mandatory section not `known`.
+    """
+    base, total = locate(view)
+    part = view[base : base + total]
+    magic, major, minor, count, claimed, zero, digest = _HEADER.unpack_from(part)
+    if magic != MAGIC or claimed != total:
+        raise IndexFormatError("the index is damaged: header and trailer do not belong together")
+    if major != MAJOR:
+        raise IndexFormatError(f"the index has format version {major}.{minor}, this clip-shim reads {MAJOR}.x")
+    if any(zero) or not 1 <= count <= MAX_SECTIONS or _HEADER.size + count * _ROW.size + _TRAILER.size > total:
+        raise IndexFormatError("the index header is damaged")
+    end = _HEADER.size + count * _ROW.size
+    if sha256(part[_HEADER.size : end]).digest() != digest:
+        raise IndexFormatError("the section table is damaged: its SHA-256 is not the one in the header")
+    sections: dict[bytes, Section] = {}
+    for row in range(count):
+        section = Section(*_ROW.unpack_from(part, _HEADER.size + row * _ROW.size))
+        # One after the other without gaps: nothing can overlap or hide.
+        if section.offset != end or section.length > total - _TRAILER.size - end:
+            raise IndexFormatError(f"the section table is damaged: row {row} lies outside its place")
+        if section.tag in sections:
+            raise IndexFormatError(f"the section table is damaged: row {row} repeats a tag")
+        if section.tag not in known and section.flags & MANDATORY:
+            name = section.tag.decode("ascii", "backslashreplace")
+            raise IndexFormatError(
+                f"the index has a section {name} that this version cannot do without: update clip-shim"
+            )
+        end += section.length
+        sections[section.tag] = section
+    if end != total - _TRAILER.size:
+        raise IndexFormatError("the section table is damaged: it does not cover the file")
+    return Container(part, sections, minor)
