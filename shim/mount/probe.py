@@ -1,4 +1,4 @@
-"""Which way of mounting a tree works here: found out by mounting a tiny one and reading it, not from version numbers."""
+"""Which way of mounting a tree works here: found out by mounting a tiny one and reading it, not by version numbers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What the EROFS tests share: a Tree from a tar that `tarfile` reads, and a view of a directory to compare."""
+"""What the EROFS tests share: a Tree from a tar that `tarfile` reads, and a mount point that is cleared."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import tarfile
@@ -101,55 +100,6 @@ def _extents(member: tarfile.TarInfo, layer: int) -> tuple[Extent, ...]:
             extents.append(Extent(logical, layer, offset, length))
             offset += length
     return tuple(extents)
-
-
-Row = tuple[object, ...]
-
-
-def look(top: Path, *, contents: bool = True) -> dict[bytes, Row]:
-    """path → (mode, uid, gid, size, mtime in ns, nlink, rdev, target, xattrs, content hash, the inode's first name)."""
-    rows: dict[bytes, Row] = {}
-    first: dict[tuple[int, int], bytes] = {}
-    base = os.fsencode(top)
-    stack = [b""]
-    while stack:
-        path = stack.pop()
-        full = base + b"/" + path if path else base
-        info = os.lstat(full)
-        directory = stat.S_ISDIR(info.st_mode)
-        regular = stat.S_ISREG(info.st_mode)
-        digest = ""
-        if regular and contents:
-            with open(full, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        rows[path] = (
-            info.st_mode,
-            info.st_uid,
-            info.st_gid,
-            0 if directory else info.st_size,
-            info.st_mtime_ns,
-            info.st_nlink,
-            info.st_rdev if stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode) else 0,
-            os.readlink(full) if stat.S_ISLNK(info.st_mode) else b"",
-            tuple((name, os.getxattr(full, name, follow_symlinks=False)) for name in _xattrs(full)),
-            digest,
-            path if directory else first.setdefault((info.st_dev, info.st_ino), path),
-        )
-        if directory:
-            stack.extend((path + b"/" + name if path else name) for name in sorted(os.listdir(full), reverse=True))
-    return rows
-
-
-def _xattrs(path: bytes) -> list[str]:
-    return sorted(os.listxattr(path, follow_symlinks=False))
-
-
-def differences(expected: dict[bytes, Row], found: dict[bytes, Row]) -> list[str]:
-    """The first differences as lines; [] if there are none."""
-    lines = [f"missing: {path!r}" for path in sorted(expected.keys() - found.keys())]
-    lines += [f"surplus: {path!r}" for path in sorted(found.keys() - expected.keys())]
-    lines += [f"{path!r}: {expected[path]} != {found[path]}" for path in expected if found.get(path) != expected[path]]
-    return lines[:10]
 
 
 @contextmanager
