@@ -1,7 +1,7 @@
 """A TCP proxy in front of the registry: delay, rate, a stall at will, and a count of what went through.
 
-Of HTTP it knows one thing: `requests` counts the request lines that clients sent. Latency is added once per direction of
-a turn-round (half of `round_trip` on requests, half on answers), as a distant server has it; `rate` limits a connection.
+Of HTTP it knows one thing: `requests` counts the request lines that clients sent. Latency is added once per direction
+of a turn-round (half of `round_trip` on requests, half on answers); `rate` limits a connection.
 """
 
 from __future__ import annotations
