@@ -61,7 +61,7 @@ class IntegrityError(ShimError):
 
 
 class RegistryError(ShimError):
-    """A registry could not be reached, refused, or answered nonsense. `retryable` says whether trying again may help."""
+    """A registry could not be reached, refused, or answered nonsense. `retryable`: trying again may help."""
 
     default_hint = "check the network and the registry's name, then run `clip-shim doctor`"
 

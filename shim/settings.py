@@ -1,6 +1,6 @@
 """The one table of settings: YAML key, `CLIP_SHIM_*` variable, default and help all come from here.
 
-Order: defaults < /etc/clip-shim/config.yaml < environment < flags. An unknown key is an error that names the nearest one.
+Order: defaults < /etc/clip-shim/config.yaml < environment < flags. An unknown key is an error that names the nearest.
 """
 
 from __future__ import annotations

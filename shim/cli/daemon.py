@@ -10,7 +10,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser = sub.add_parser(
         "daemon",
         help="serve lazily loaded trees",
-        description="Serve lazily loaded trees. The wrapper starts one by itself when none runs; systemd may do it too.",
+        description="Serve lazily loaded trees. The wrapper starts a daemon by itself when none runs.",
     )
     parser.add_argument("--supervise", action="store_true", help="stay as a small parent that restarts the server")
     parser.add_argument(

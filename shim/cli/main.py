@@ -1,4 +1,4 @@
-"""The command line: one table of verbs. What is no verb of ours is runc's command line and goes to the wrapper as it is."""
+"""The command line: one table of verbs. What is no verb of ours is runc's, and goes to the wrapper as it is."""
 
 from __future__ import annotations
 

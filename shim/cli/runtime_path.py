@@ -16,7 +16,7 @@ def runtime_path() -> Path:
 
 
 def daemon_command() -> list[str]:
-    """How this installation's `clip-shim` is started. The console script is passed over: `-m` works in a checkout too."""
+    """How this installation's `clip-shim` is started; `-m` works in a checkout too."""
     return [sys.executable, "-m", "shim"]
 
 

@@ -1,4 +1,4 @@
-"""The control socket: one JSON object a line in each direction, file descriptors beside a request (see ARCHITECTURE.md)."""
+"""The control socket: one JSON object a line in each direction, descriptors beside it (see ARCHITECTURE.md)."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class ControlServer:
             return _failure(error)
         except (ValueError, RecursionError) as error:
             return _failure(DaemonError(f"the request is not valid: {error}"))
-        except Exception as error:  # one bad request must not end the daemon; the trace goes to the log
+        except Exception as error:  # noqa: BLE001  one bad request must not end the daemon; the trace goes to the log
             log.exception("request failed")
             return _failure(DaemonError(f"internal error: {type(error).__name__}: {error}"))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import faulthandler
+import fcntl
 import os
 import resource
 import signal

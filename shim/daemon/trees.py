@@ -25,7 +25,7 @@ _MAX_INDEX = 512 << 20  # bytes; a 100 GB image's index is about 200 MB
 
 @dataclass(slots=True)
 class ImageTree:
-    """One image. `lock` is held while it is prepared, mounted or unmounted; `leases` counts open control connections."""
+    """One image. `lock` is held while it is prepared, mounted or unmounted; `leases` counts control connections."""
 
     hex: str
     lock: threading.Lock = field(default_factory=threading.Lock)
