@@ -31,10 +31,14 @@ class Blob(Protocol):
     def data_fd(self) -> int:
         """A descriptor that holds verified bytes at the blob's own offsets, where `stamp` says so."""
 
-    def stamp(self, offset: int, size: int) -> int:
-        """>= 0: the whole range may be read from `data_fd` now; the same number afterwards: what was read is right.
+    @property
+    def epoch(self) -> int:
+        """Grows before bytes that could be read from `data_fd` are taken away."""
 
-        < 0: ask `read_cached`. Never blocks.
+    def stamp(self, offset: int, size: int) -> int:
+        """The epoch, if the whole range may be read from `data_fd` now; < 0: ask `read_cached`. Never blocks.
+
+        When `epoch` is still the same after reading, what was read is right.
         """
 
     def read_cached(self, offset: int, size: int) -> Buffer | None:

@@ -96,7 +96,7 @@ class Reader(threading.Thread):
                 count = os.preadv(blob.data_fd, (view,), offset)
             except OSError:
                 count = -1  # a bad sector: the blob finds out below, and fetches again
-            if count == size and blob.stamp(offset, size) == stamp:
+            if count == size and blob.epoch == stamp:
                 proto.OUT_HEADER.pack_into(self._head, 0, proto.OUT_HEADER.size + size, 0, unique)
                 server.send((self._head, view))
                 return

@@ -13,7 +13,7 @@ Rules
     - A reply may meet ENOENT: the request is gone (aborted, or answered by a predecessor). That is no error.
     - A request that cannot be understood is answered with an errno; nothing the kernel sends ends a reader
       except ENODEV (unmounted).
-    - Replies are complete before they are sent: bytes are copied from the cache file into a buffer, the blob's stamp is
+    - Replies are complete before they are sent: bytes are copied from the cache file into a buffer, the blob's epoch is
       looked at again, then they go out. splice(2) from the cache file would save a copy (measured: 3.1 against 2.8 GB/s
       for 1 MiB reads), but pages in a pipe are zeroed in place when the cleaner punches them out of the file, and a
       pipe of more than 1 MiB needs CAP_SYS_RESOURCE.

@@ -1,0 +1,162 @@
+"""Carrying out one fetch: the request, the verified spans, and what happens when it fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from shim import log
+from shim.cache.faultpoint import fault
+from shim.cache.layer import CachedLayer
+from shim.errors import DaemonError, IntegrityError, LayerError, RegistryError, ShimError
+from shim.index.model import Compression
+from shim.layers.inflate import compressed_range, inflate_spans
+
+OpenRange = Callable[[int, int], AbstractContextManager[Iterable[bytes]]]
+
+_FIRST_DELAY = 0.1  # seconds between attempts, doubling
+_LONGEST_DELAY = 5.0
+
+
+@dataclass(slots=True)
+class LayerStats:
+    """Counters since the layer was opened. Bytes: `size` and `cached_bytes` uncompressed, `fetched_bytes` compressed.
+
+    `demand` and `readahead` count spans fetched because somebody waited, or would.
+    """
+
+    diff_id: str
+    size: int
+    cached_bytes: int = 0
+    fetched_bytes: int = 0
+    requests: int = 0
+    demand: int = 0
+    readahead: int = 0
+    hits: int = 0
+    misses: int = 0
+    failures: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One stretch [first, stop) of whole runs to get in one request. `left`: spans of it that are this job's to get."""
+
+    first: int
+    stop: int
+    left: set[int]
+    ahead: bool  # nobody waited when it was made
+    local: bool = False  # hashes what is on disk; fetches nothing
+    mark: int = -1  # the span whose first reader asks for more
+
+
+class Board(Protocol):
+    """Who waits for spans: implemented by LazyLayer. All calls come from pool threads, without locks."""
+
+    def landed(self, job: Job, span: int, data: bytes, kept: bool) -> None:
+        """A span was verified and given to the cache; kept: it can be read there."""
+
+    def failed(self, job: Job, error: ShimError, spans: Iterable[int]) -> None:
+        """The job gives these spans up."""
+
+    def patience(self, job: Job) -> float:
+        """The latest deadline of those who wait for what is left of the job; 0 if nobody does."""
+
+
+class Transfer:
+    """Runs a layer's jobs, any number at once. `lock` guards `stats` and `error`, the last error since bytes came."""
+
+    def __init__(
+        self,
+        cached: CachedLayer,
+        compression: Compression,
+        open_range: OpenRange,
+        source: str,
+        board: Board,
+        *,
+        lock: threading.Lock,
+        closed: threading.Event,
+        clock: Callable[[], float],
+        pause: Callable[[float], object],
+    ) -> None:
+        self.stats = LayerStats(cached.diff_id, cached.length)
+        self.error = ""
+        self._cached = cached
+        self._spans = cached.spans
+        self._compression = compression
+        self._open_range = open_range
+        self._source = source
+        self._board = board
+        self._lock = lock
+        self._closed = closed
+        self._clock = clock
+        self._pause = pause
+
+    def run(self, job: Job) -> None:
+        """Get a job's spans, trying again as LazyLayer describes. Ends with nothing left in the job."""
+        position, failures, refetched = job.first, 0, -1
+        while position < job.stop and not self._closed.is_set():
+            before = len(job.left)
+            try:
+                self._stream(job, position)
+                break
+            except ShimError as caught:
+                error = caught
+            except Exception as caught:  # noqa: BLE001 - whatever it is, waiters must hear of it
+                log.exception("fetching a layer failed unexpectedly", layer=self._cached.diff_id)
+                error = DaemonError(f"fetching failed: {caught}")
+            with self._lock:
+                self.error = str(error)
+                self.stats.failures += 1
+            if not job.left:
+                break
+            position = self._spans.restart(min(job.left))
+            failures = 1 if len(job.left) < before else failures + 1
+            if not isinstance(error, (IntegrityError, LayerError)):
+                if not self._worth_retrying(job, error, failures):
+                    self._board.failed(job, error, list(job.left))
+                    return
+            elif refetched != position:
+                refetched = position
+            else:
+                self._wrong(job, error, position)
+                position = self._spans.run_end(position)
+        self._board.failed(job, DaemonError("the daemon is stopping"), list(job.left))
+
+    def _wrong(self, job: Job, error: ShimError, position: int) -> None:
+        """Twice the wrong bytes: give up on the run at `position`."""
+        log.error("a layer's bytes are wrong", layer=self._cached.diff_id, source=self._source, error=str(error))
+        end = self._spans.run_end(position)
+        self._board.failed(job, error, [span for span in job.left if span < end])
+
+    def _worth_retrying(self, job: Job, error: ShimError, failures: int) -> bool:
+        """Pause before the next attempt, if there is time for one."""
+        if not isinstance(error, RegistryError) or not error.retryable:
+            return False
+        delay = min(_FIRST_DELAY * 2 ** min(failures - 1, 10), _LONGEST_DELAY)
+        if self._clock() + delay >= self._board.patience(job):
+            return False
+        self._pause(delay)
+        return True
+
+    def _stream(self, job: Job, first: int) -> None:
+        """One request for [first, job.stop), span by span into the cache."""
+        fault("fetch.open")
+        start, end = compressed_range(self._spans, first, job.stop)
+        with self._lock:
+            self.stats.requests += 1
+        with self._open_range(start, end) as chunks:
+            for span, data in inflate_spans(self._spans, self._compression, first, self._counted(chunks), job.stop):
+                if self._closed.is_set():
+                    return
+                if span in job.left:
+                    self._board.landed(job, span, data, self._cached.publish(span, data))
+
+    def _counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            with self._lock:
+                self.stats.fetched_bytes += len(chunk)
+                self.error = ""
+            yield chunk
