@@ -104,7 +104,10 @@ def read_settings(path: str) -> dict[str, Any]:
         text = posix.read(fd, 1 << 20)
     finally:
         posix.close(fd)
-    settings = make_scanner(Scanner())(text.decode(), 0)[0]  # type: ignore[arg-type]  # duck-typed in C
+    try:
+        settings = make_scanner(Scanner())(text.decode(), 0)[0]  # type: ignore[arg-type]  # duck-typed in C
+    except SystemError:  # what the scanner makes of its error while json.decoder is not imported (Python 3.11)
+        raise ValueError("not JSON") from None
     if not isinstance(settings, dict) or settings.get("version") != 1:
         raise ValueError("not this version's settings")
     return settings

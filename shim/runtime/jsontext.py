@@ -43,6 +43,11 @@ def decode(data: bytes) -> Any:
         raise ValueError(f"a JSON value is missing at character {error.value}") from None
     except RecursionError:
         raise ValueError("too deeply nested") from None
+    except SystemError:  # the scanner cannot raise json's error while json.decoder is not imported (Python 3.11)
+        import json
+
+        json.loads(text)
+        raise ValueError("not JSON") from None
     if text[end:].strip(_SPACE):
         raise ValueError(f"more text after the JSON value, at character {end}")
     return value
