@@ -190,6 +190,8 @@ def open_trusted(path: str, trust_paths: list[str]) -> int:
 
 def _check_owner(fd: int, path: str, *, directory: bool) -> None:
     status = os.fstat(fd)
+    if not directory and not stat.S_ISREG(status.st_mode):
+        raise TrustError(f"the index {path} is not a regular file")
     writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if status.st_uid != 0 or (writable and not (directory and status.st_mode & stat.S_ISVTX)):
         what = "a directory on the way to it" if directory else "it"
