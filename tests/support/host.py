@@ -44,7 +44,8 @@ def wait_for(what: str, done: Any, *, timeout: float = WAIT) -> None:
 def disk_directory() -> Path:
     """A new directory on a disk: EROFS images and overlay uppers cannot lie on every file system. Short: sockets
     live in it."""
-    return Path(tempfile.mkdtemp(prefix=leaks.PREFIX, dir=os.environ.get("CLIP_SHIM_TEST_DIR", "/var/tmp")))
+    prefix = f"{leaks.PREFIX}{os.environ.get(leaks.MARK, 'x')}-"
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=os.environ.get("CLIP_SHIM_TEST_DIR", "/var/tmp")))
 
 
 class Host:

@@ -3,8 +3,8 @@
     python3 tests/support/leaks.py snapshot FILE     keep what is there now
     python3 tests/support/leaks.py check FILE        exit 1 and say what is new since then
 
-`check` waits a little for processes that are just ending. `--ours` looks only at what bears the tests' marks (their
-directory, or `CLIP_SHIM_TEST` in the environment), for a machine on which other work goes on.
+`check` waits a little for processes that are just ending. `--ours` looks only at what bears this run's mark (the
+value of `CLIP_SHIM_TEST`, in a process's environment or a directory's name), for a machine on which other work goes on.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-MARK = "CLIP_SHIM_TEST"  # in the environment of everything the tests start
-PREFIX = "clip-test-"  # of every directory they make
+MARK = "CLIP_SHIM_TEST"  # in the environment of everything the tests start; its value names the run
+PREFIX = "clip-test-"  # of every directory they make; the run's name follows
 _FILESYSTEMS = ("fuse", "erofs", "overlay")
 _PROGRAMS = (
     *("clip-shim", "shim.", "dockerd", "containerd", "conmon", "docker-registry"),
@@ -54,10 +54,18 @@ def processes() -> set[str]:
         fields = stat.rpartition(")")[2].split()
         if not line or fields[0] == "Z":
             continue
-        ours = PREFIX in line or f"{MARK}=".encode() in environ
-        if ours or any(word in " ".join(line.split()[:4]) for word in _PROGRAMS):
-            found.add(f"{entry.name} @{fields[19]} {'(ours) ' if ours else ''}{line[:160]}")
+        run = run_of(environ.split(b"\0"), line)
+        if run or any(word in " ".join(line.split()[:4]) for word in _PROGRAMS):
+            found.add(f"{entry.name} @{fields[19]} {f'({run}) ' if run else ''}{line[:160]}")
     return found
+
+
+def run_of(environ: list[bytes], command: str) -> str:
+    """The mark of the test run that a process belongs to, "" if none."""
+    for item in environ:
+        if item.startswith(f"{MARK}=".encode()):
+            return item.partition(b"=")[2].decode(errors="replace")
+    return command.partition(PREFIX)[2].partition("-")[0]
 
 
 def loops() -> set[str]:
@@ -81,14 +89,16 @@ def snapshot() -> dict[str, list[str]]:
 def leaked(before: dict[str, list[str]], *, ours: bool = False, settle: float = SETTLE) -> list[str]:
     """Lines that say what is there now and was not before; [] if nothing. Ancestors of this process do not count."""
     own = _ancestors()
+    run = os.environ.get(MARK, "")
+    signs = {"processes": f"({run}) ", "mounts": f"{PREFIX}{run}-", "loops": f"{PREFIX}{run}-"}
     end = time.monotonic() + settle
     while True:
         lines = []
         for kind, look in KINDS.items():
             for item in sorted(look() - set(before.get(kind, ()))):
-                if kind == "processes" and (item.split(" ")[0] in own or (ours and "(ours)" not in item)):
+                if kind == "processes" and item.split(" ")[0] in own:
                     continue
-                if ours and kind != "processes" and PREFIX not in item:
+                if ours and signs[kind] not in item:
                     continue
                 lines.append(f"{kind}: {item}")
         if not lines or time.monotonic() > end:
@@ -111,7 +121,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="what a run leaves behind")
     parser.add_argument("verb", choices=("snapshot", "check"))
     parser.add_argument("file", type=Path)
-    parser.add_argument("--ours", action="store_true", help="look only at what bears the tests' marks")
+    parser.add_argument("--ours", action="store_true", help="look only at what bears this run's mark")
     args = parser.parse_args(argv)
     if args.verb == "snapshot":
         args.file.write_text(json.dumps(snapshot()))

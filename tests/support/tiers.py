@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="run the test tiers")
     parser.add_argument("--tier", action="append", choices=TIERS)
     args, arguments = parser.parse_known_args(argv)
-    os.environ[leaks.MARK] = uuid.uuid4().hex
+    os.environ[leaks.MARK] = uuid.uuid4().hex[:6]
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
     before = leaks.snapshot()
     summary, good = [], True
