@@ -6,7 +6,7 @@ import ipaddress
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,11 @@ class Layers:
             served = self._served.get(name)
             if served is None:
                 spans = SpanFile(span_path)
-                served = self._served[name] = self._serve(name, layer, spans)
+                served = self._served[name] = self._serve(name, layer, spans, source)
             served.users.add(tree)
             served.sources[tree] = source
 
-    def _serve(self, name: str, layer: dict[str, Any], spans: SpanFile) -> ServedLayer:
+    def _serve(self, name: str, layer: dict[str, Any], spans: SpanFile, source: Source) -> ServedLayer:
         cached = self._cache.layer(layer["diff_id"], spans)
 
         @contextmanager
@@ -94,12 +94,13 @@ class Layers:
         lazy = LazyLayer(
             node_id=self._server.node_id(name.encode()),
             name=name.encode(),
-            spans=spans,
             compression=Compression(layer["compression"]),
             cached=cached,
             open_range=open_range,
             pool=self._pool,
+            source=source.ref.registry,
             readahead=self._settings["fetch.readahead"],
+            read_deadline=self._settings["read_deadline"],
         )
         self._server.add(lazy)
         return ServedLayer(lazy, spans)
@@ -149,6 +150,10 @@ class Layers:
                     served.spans.close()
                     log.debug("layer no longer served", layer=name)
 
+    def waiting(self) -> list[dict[str, Any]]:
+        """The reads that wait for a registry."""
+        return [asdict(item) for item in self._server.waiting()]
+
     def open_count(self) -> int:
         """How many layers the kernel has open."""
         with self._lock:
@@ -159,13 +164,15 @@ class Layers:
         with self._lock:
             served = list(self._served.values())
         return [
-            {**item.lazy.stats(), "open": self._server.open_count(item.lazy.node_id), "images": len(item.users)}
+            {**asdict(item.lazy.stats()), "open": self._server.open_count(item.lazy.node_id), "images": len(item.users)}
             for item in served
         ]
 
     def traffic(self) -> dict[str, Any]:
-        """Requests and bytes from registries since the start."""
-        return self._client.counters.as_dict()
+        """Requests and bytes from registries since the start, by host and kind."""
+        return {
+            f"{host} {kind}": asdict(count) for (host, kind), count in sorted(self._client.counters.snapshot().items())
+        }
 
     def close(self) -> None:
         """The server has stopped reading: flush the cache and let go of it."""

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shim.errors import IndexFormatError
-from shim.index import codec, spanfile
+from shim.index import codec
 from shim.index.model import Index, Node, Tree
+from shim.index.spanfile import write_span_file
 
 META_VERSION = 1
 _MAX_LINKS = 40  # Linux: MAXSYMLINKS
@@ -37,7 +38,7 @@ def prepare_tree(directory: str) -> dict[str, Any]:
     index = codec.read_index(base / "index.clip")
     layers = []
     for number, layer in enumerate(index.layers):
-        spanfile.write_span_file(base / f"spans.{number}", layer)
+        write_span_file(base / f"spans.{number}", layer)
         layers.append(
             {
                 "digest": layer.digest,

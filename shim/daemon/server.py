@@ -138,6 +138,7 @@ class Daemon:
             "images": self._trees.status(),
             "containers": containers,
             "layers": self._layers.status(),
+            "registries": self._layers.traffic(),
             "waiting": self._layers.waiting(),
         }
 
