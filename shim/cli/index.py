@@ -1,0 +1,117 @@
+"""`clip-shim index REF`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shim.registry.ref import ImageRef
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = sub.add_parser(
+        "index",
+        help="make an index of an image, straight from its registry",
+        description="Stream an image's layers from its registry, once, and write the index. No layer is stored.",
+    )
+    parser.add_argument("ref", metavar="REF", help="registry reference, for example docker.io/library/python:3.12")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="index file (default: NAME_TAG.clip, here)")
+    parser.add_argument("--platform", metavar="P", help="os/arch[/variant] of a multi-platform image (default: ours)")
+    parser.add_argument(
+        "--checkpoint-mib", metavar="N", type=int, default=2, help="MiB between restart points, 1 to 64 (default 2)"
+    )
+    parser.add_argument("--format", choices=("native", "clip"), default="native", help="native is the only one so far")
+    parser.add_argument("--push", metavar="URL", help="not in this version")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from shim import settings
+    from shim.errors import UsageError
+    from shim.registry.ref import ImageRef
+
+    if args.push is not None:
+        raise UsageError("--push is not in this version", hint="write the index to a file with -o and copy it")
+    if args.format != "native":
+        raise UsageError("--format clip is not in this version", hint="leave --format out: native is the default")
+    if not 1 <= args.checkpoint_mib <= 64:
+        raise UsageError(f"--checkpoint-mib {args.checkpoint_mib} is not in 1 to 64")
+    ref = ImageRef.parse(args.ref)
+    output = args.output if args.output is not None else Path(default_name(ref))
+    _check_output(output)
+    started = time.monotonic()
+    facts = _index(args, ref, output, settings.load()["registries"])
+    facts |= {"file": str(output), "seconds": round(time.monotonic() - started, 2)}
+    if args.json:
+        json.dump(facts, sys.stdout, indent=2)
+        print()
+    else:
+        print(_line(facts))
+    return 0
+
+
+def _index(args: argparse.Namespace, ref: ImageRef, output: Path, registries: dict[str, object]) -> dict[str, object]:
+    from shim.cli.progress import Progress
+    from shim.index import codec
+    from shim.index.build import build_index
+    from shim.registry.client import RegistryClient
+    from shim.registry.hooks import Hooks
+
+    client = RegistryClient(registries, hooks=Hooks(warn=_warn))
+    try:
+        with Progress(f"indexing {ref}") as progress:
+            index = build_index(
+                ref,
+                client,
+                platform=args.platform,
+                checkpoint_mib=args.checkpoint_mib,
+                progress=progress.update,
+                warn=_warn,
+            )
+    finally:
+        client.close()
+    data = codec.encode(index)
+    codec.write_file(output, data)
+    return codec.summary(data)
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def default_name(ref: ImageRef) -> str:
+    """`python_3.12.clip` for docker.io/library/python:3.12; the digest's beginning where there is no tag."""
+    name = ref.repository.rpartition("/")[2]
+    return f"{name}_{ref.tag or (ref.digest or '').partition(':')[2][:12]}.clip"
+
+
+def _check_output(output: Path) -> None:
+    """Before any byte is fetched: can the file be written there?"""
+    from shim.errors import UsageError
+
+    if output.is_dir():
+        raise UsageError(f"{output} is a directory", hint="give a file name: -o FILE")
+    if output.exists() and not output.is_file():
+        raise UsageError(f"{output} is not a regular file", hint="give the name of a new file: -o FILE")
+    if not output.parent.is_dir():
+        raise UsageError(f"there is no directory {output.parent}", hint="make it first, or give another -o FILE")
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"the directory {output.parent} cannot be written to", hint="give another -o FILE")
+
+
+def _line(facts: dict[str, object]) -> str:
+    from shim.cli.progress import human
+
+    image_bytes, index_bytes = int(str(facts["image_bytes"])), int(str(facts["index_bytes"]))
+    part = f"{100 * index_bytes / image_bytes:.2f} %" if image_bytes else "all"
+    return (
+        f"{facts['file']}: {facts['image']} {facts['platform']}, {facts['entries']} entries, {facts['layers']} layers, "
+        f"{human(image_bytes)}; index {human(index_bytes)} ({part} of the image), {facts['seconds']} s"
+    )
