@@ -1,7 +1,7 @@
 """The native index file: `Index` to bytes and back. FORMAT.md describes the bytes.
 
 Reading is safe on hostile input: whatever the bytes, the result is a valid Index or IndexFormatError; time and memory
-stay in proportion to the file (at most 256 raw bytes for each stored one, and the absolute bounds in `validate`).
+stay in proportion to the file (at most 64 raw bytes for each stored one, and the absolute bounds in `validate`).
 The same Index gives the same bytes, as long as liblzma is the same.
 """
 

@@ -28,7 +28,7 @@ STORED = 0
 LZMA2 = 1
 _MAX_DICT = 8 << 20  # decoding takes this much memory beside the result, encoding about 12 times as much
 _FREE_RAW = 64 << 10
-_MAX_RATIO = 256  # raw bytes for each stored one: what a small file can make a reader allocate is bounded
+_MAX_RATIO = 64  # raw bytes for each stored one: what a small file can make a reader allocate is bounded
 
 _HEADER = struct.Struct("<8sHHIQ8s32s")  # magic, major, minor, sections, total length, zero, SHA-256 of the table
 _ROW = struct.Struct("<4sHHQQQ32s")  # tag, flags, codec, offset, stored length, raw length, SHA-256 of the stored bytes

@@ -73,10 +73,13 @@ def _aligned(data: bytes) -> bytes:
 
 
 class SpanFile:
-    """A mapped span file: `model.Spans`, and what the layer is. Threads may share it; `close` it when none reads any more.
+    """A mapped span file: `model.Spans`, and what the layer is. Threads may share it; `close` it when none reads it.
 
     size, uncompressed_size: the layer's bytes; compression; blob_digest, diff_id: "sha256:<hex>".
     """
+
+    size: int
+    uncompressed_size: int
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Map `path`. Raises CacheError: it is absent, torn, or of another version."""
@@ -109,24 +112,24 @@ class SpanFile:
         magic, version, count, self.size, self.uncompressed_size, claimed, compression, blob, diff, digest = fields
         if magic != _MAGIC or version != _VERSION:
             raise self._damaged("not a span file of this version")
-        if claimed != length or count > MAX_SPANS:
-            raise self._damaged("its length is not the one in its header")
+        if claimed != length or count > MAX_SPANS or compression not in set(Compression):
+            raise self._damaged("its header is not true")
         widths = (8 * count + 8, 8 * count + 8, 8 * count + 8, 4 * count, 32 * count, count, count)
         starts = list(accumulate((width + 7 & -8 for width in widths), initial=_HEADER.size))
-        if starts[-1] > length:
-            raise self._damaged("its table reaches past its end")
         self._records = starts.pop()
+        if self._records > length:
+            raise self._damaged("its table reaches past its end")
         check = sha256(self._view[: _HEADER.size - _SUM])
         check.update(self._view[_HEADER.size : self._records])
         if check.digest() != digest:
             raise self._damaged("its table does not match its checksum")
+        if struct.unpack_from("=Q", self._view, starts[2] + 8 * count)[0] != length - self._records:
+            raise self._damaged("its windows do not fill it")
         parts = [self._view[start : start + width] for start, width in zip(starts, widths, strict=True)]
         self._ustarts, self._cstarts, self._window_ends = (part.cast("Q") for part in parts[:3])
         self._window_crcs = parts[3].cast("I")
         self._digests, self._bits, self._kinds = parts[4:]
-        if self._window_ends[count] != length - self._records:
-            raise self._damaged("its windows do not fill it")
-        self._count = count
+        self._count: int = count
         self.compression = Compression(compression)
         self.blob_digest, self.diff_id = f"sha256:{blob.hex()}", f"sha256:{diff.hex()}"
 
