@@ -114,7 +114,7 @@ def lines(*rows: tuple[int, int, bytes]) -> bytes:
     ("path", "expected"),
     [
         (b"/a", 12),  # the cover has the smaller id and comes first, as it does since Linux 6.8
-        (b"/a/b", 15),  # 13 lies under the second /a
+        (b"/a/b", 13),  # 15 lies under the second /a
         (b"/a/bc", None),
         (b"/x y", 16),
         (b"/", 2),
@@ -122,7 +122,7 @@ def lines(*rows: tuple[int, int, bytes]) -> bytes:
     ],
 )
 def test_the_topmost_mount_is_found(path: bytes | str, expected: int | None) -> None:
-    data = lines((2, 1, b"/"), (12, 20, b"/a"), (13, 20, b"/a/b"), (15, 12, b"/a/b"), (16, 2, b"/x y"), (20, 2, b"/a"))
+    data = lines((2, 1, b"/"), (12, 20, b"/a"), (13, 12, b"/a/b"), (15, 20, b"/a/b"), (16, 2, b"/x y"), (20, 2, b"/a"))
     entry = mountinfo.at(path, data)
     assert (entry.id if entry else None) == expected
 
