@@ -9,7 +9,7 @@ from typing import Any
 
 from shim import settings
 from shim.errors import DaemonError
-from shim.runtime import client
+from shim.runtime import client, jsontext
 
 Answer = dict[str, Any]
 
@@ -23,7 +23,17 @@ def ask(request: dict[str, object]) -> Answer:
             f"no daemon runs for {loaded.run_dir}", hint="the first container starts it, or `clip-shim daemon`"
         )
     with closing(connection):
-        return connection.request(request)
+        answer: Answer = _floats(connection.request(request))
+        return answer
+
+
+def _floats(value: Any) -> Any:
+    """The wrapper keeps the text of numbers with a point; people and `--json` want floats."""
+    if isinstance(value, dict):
+        return {key: _floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_floats(item) for item in value]
+    return float(value.text) if isinstance(value, jsontext.Number) else value
 
 
 def connect_or_start() -> client.Connection:

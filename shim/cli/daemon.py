@@ -21,11 +21,13 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 def run(args: argparse.Namespace) -> int:
     arguments = ["--config", str(args.config)] if args.config else []
+    from shim import settings
+
+    loaded = settings.load(args.config)
     if args.supervise:
         from shim.daemon.supervise import supervise
 
-        return supervise(arguments)
-    from shim import settings
+        return supervise(arguments, loaded.run_dir)
     from shim.daemon.server import serve
 
-    return serve(settings.load(args.config))
+    return serve(loaded)

@@ -2,7 +2,8 @@
 
 Two reasons. (1) CPU-bound Python (index decode, EROFS build) would take the GIL from the threads that answer reads.
 (2) A thread inside mount(2) or stat(2) of a path that this very server answers for cannot be killed until somebody
-answers: a process that dies with such a thread stays unreaped. A job that passes its deadline is killed and left to the fork server.
+answers: a process that dies with such a thread stays unreaped. A job that passes its deadline is killed and left to the
+fork server.
 
 Jobs are forked by multiprocessing's fork server, which has the needed modules imported: about 15 ms a job.
 """

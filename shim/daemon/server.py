@@ -17,12 +17,13 @@ from shim.daemon import jobs, mounter, notify
 from shim.daemon.control import Answer, ControlServer, Session
 from shim.daemon.layers import Layers
 from shim.daemon.trees import Trees, overlay_users
-from shim.errors import CacheError, DaemonError, ShimError
+from shim.errors import CacheError, DaemonError, IndexFormatError, ShimError
 from shim.fuse import connection
 from shim.fuse.server import BlobServer
 from shim.settings import Settings
 
 _REAP_SECONDS = 5.0
+_SHOWN = 1024  # characters of a reference in a message
 
 
 def serve(settings: Settings) -> int:
@@ -121,10 +122,13 @@ class Daemon:
     def _acquire(self, session: Session, request: dict[str, Any], fds: list[int]) -> Answer:
         if not fds:
             raise DaemonError(
-                f"the reference {str(request.get('value'))[:200]!r} names no file",
+                f"the reference {str(request.get('value'))[:_SHOWN]!r} names no file",
                 hint="this version reads indexes from files: make one with `clip-shim index REF -o FILE`",
             )
-        lease = self._trees.acquire(fds[0])
+        try:
+            lease = self._trees.acquire(fds[0])
+        except IndexFormatError as error:
+            raise IndexFormatError(f"{str(request.get('value'))[:_SHOWN]}: {error}", hint=error.hint) from error
         session.on_close.append(lease.release)
         return lease.answer
 
