@@ -44,9 +44,11 @@ class FakeDaemon:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def close(self) -> None:
+        """Stop listening; a second time does nothing."""
         self._path.unlink(missing_ok=True)
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        if self._socket.fileno() >= 0:
+            self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close()
 
     def _serve(self) -> None:
         while True:

@@ -1,0 +1,532 @@
+"""The wrapper in front of real runc: overlays in place and beside, restarts, failures, concurrency.
+
+A fake daemon hands out a directory as tree, so that what fails here is the wrapper.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shim.mount import syscalls
+from tests.support.fakedaemon import DIGEST
+from tests.support.wrapperbox import Box
+
+OURS = f"clip:{DIGEST}".encode()
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Iterator[Box]:
+    made = Box(tmp_path)
+    yield made
+    made.close()
+    assert made.mounts() == []
+
+
+def errors(box: Box) -> list[dict[str, str]]:
+    """The error entries of runc's log, as containerd reads them."""
+    if not box.log.exists():
+        return []
+    entries = [json.loads(line) for line in box.log.read_text().splitlines()]
+    return [entry for entry in entries if entry["level"] == "error"]
+
+
+def failure(box: Box, done: subprocess.CompletedProcess[str], text: str) -> str:
+    """Check that a create failed as engines want it, and give its message."""
+    assert done.returncode == 1
+    (entry,) = errors(box)
+    assert set(entry) == {"level", "msg", "time"}
+    assert len(entry["time"]) == 20
+    assert text in entry["msg"]
+    for misread in ("no such file or directory", "permission denied", "not a directory"):
+        assert misread not in entry["msg"].lower()
+    assert box.leftovers() == []
+    return entry["msg"]
+
+
+# --- a rootfs that is no overlay ---
+
+
+def test_run_on_a_plain_directory(box: Box) -> None:
+    place = box.bundle("b", "cat /data/file; echo made > /made; exit 7")
+    before = (place / "config.json").read_bytes()
+    done = box.run(place)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "of the image", "")
+    request, content = box.daemon.requests[0]
+    assert content is None
+    assert (request["op"], request["source"], request["value"]) == (
+        "acquire",
+        "annotation",
+        "oci://registry.test/busybox",
+    )
+    assert request["container"] == {"id": "c", "root": str(box.root), "bundle": str(place)}
+    # the poststop hook has undone everything
+    assert box.mounts() == []
+    assert box.leftovers() == []
+    assert (place / "config.json").read_bytes() == before
+    assert list((place / "rootfs").iterdir()) == []
+    assert not (box.tree / "made").exists()
+
+
+def test_create_start_kill_delete(box: Box) -> None:
+    place = box.bundle("b", "trap 'exit 3' TERM; : > /ready; while :; do sleep 0.05; done")
+    assert box.create(place).returncode == 0
+    state = json.loads(box.call("state", "c").stdout)
+    assert state["status"] == "created"
+    assert state["annotations"]["io.clip.index-digest"] == DIGEST
+    merged = box.spec(place)["root"]["path"]
+    assert merged == state["rootfs"]
+    assert merged.startswith(str(box.run_dir / "containers"))
+    assert box.mounts() == [merged]
+    assert box.daemon.connections == 0
+    assert box.call("start", "c").returncode == 0
+    assert box.call("exec", "c", "/bin/cat", "/data/file").stdout == "of the image"
+    assert box.call("kill", "c", "KILL").returncode == 0
+    assert box.call("delete", "--force", "c").returncode == 0
+    assert box.mounts() == []
+    assert box.leftovers() == []
+
+
+def test_delete_of_a_running_container_leaves_it_alone(box: Box) -> None:
+    place = box.bundle("b", "while :; do sleep 0.05; done")
+    assert box.create(place).returncode == 0
+    assert box.call("start", "c").returncode == 0
+    assert box.call("delete", "c").returncode == 1
+    assert len(box.mounts()) == 1
+    assert box.call("exec", "c", "/bin/true").returncode == 0
+
+
+def test_files_of_the_rootfs_lie_over_the_tree(box: Box) -> None:
+    place = box.bundle("b", "cat /data/file /own; ls -ld / | cat")
+    (place / "rootfs" / "data").mkdir()
+    (place / "rootfs" / "data" / "file").write_text("of the bundle ")
+    (place / "rootfs" / "own").write_text("own ")
+    (place / "rootfs").chmod(0o700)
+    box.tree.chmod(0o755)
+    done = box.run(place)
+    assert done.stdout.startswith("of the bundle own drwxr-xr-x"), done
+
+
+def test_rootfs_may_be_missing(box: Box) -> None:
+    place = box.bundle("b", "cat /data/file")
+    (place / "rootfs").rmdir()
+    assert box.run(place).stdout == "of the image"
+
+
+def test_own_upper_is_kept_on_request(box: Box) -> None:
+    annotations = {"io.clip.index": "oci://x/y", "io.clip.upper": "keep"}
+    place = box.bundle("b", "cat /kept 2>/dev/null || true; echo kept > /kept", annotations=annotations)
+    assert box.run(place).stdout == ""
+    assert box.run(place).stdout == "kept\n"
+    box.configure(place, ["/bin/sh", "-c", "cat /kept || echo none"])
+    assert box.run(place).stdout == "none\n"
+    box.configure(place, ["/bin/sh", "-c", "cat /kept"], annotations)
+    assert box.run(place).stdout == "kept\n"
+
+
+def test_bundle_that_lost_power_starts_again(box: Box) -> None:
+    """config.json still names our merged root, whose record and mount are gone."""
+    place = box.bundle("b", "cat /data/file")
+    assert box.create(place).returncode == 0
+    (merged,) = box.mounts()
+    subprocess.run(["cp", place / "config.json", place / "left.json"], check=True)
+    assert box.call("delete", "--force", "c").returncode == 0
+    (place / "left.json").rename(place / "config.json")
+    assert box.spec(place)["root"]["path"] == merged
+    done = box.run(place, "other")
+    assert done.stdout == "of the image", done
+    assert box.spec(place)["root"]["path"] == str(place / "rootfs")
+    assert "poststop" not in json.dumps(box.spec(place)["hooks"].get("poststop"))
+
+
+def test_late_hook_of_an_earlier_run_does_nothing(box: Box) -> None:
+    place = box.bundle("b", "while :; do sleep 0.05; done")
+    assert box.create(place).returncode == 0
+    (hook,) = box.spec(place)["hooks"]["poststop"]
+    assert hook["path"] == str(box.launcher)
+    late = [*hook["args"][:-1], "1-1"]
+    assert subprocess.run(late, env={}, check=False).returncode == 0
+    assert len(box.mounts()) == 1
+    outside = [*hook["args"][:2], "/etc/containers/x/y", "1-1"]
+    assert subprocess.run(outside, env={}, check=False, capture_output=True).returncode == 2
+    for _ in range(2):  # the right one, and once more
+        assert subprocess.run(hook["args"], env=dict(e.split("=", 1) for e in hook["env"]), check=False).returncode == 0
+        assert box.mounts() == []
+
+
+# --- an engine's overlay ---
+
+
+def test_overlay_is_replaced_in_place(box: Box) -> None:
+    thin = box.layer("thin", {"engine/file": "of the layer"})
+    place = box.bundle("b", "cat /data/file /engine/file; echo written > /data/new; rm /data/file")
+    upper = box.overlay(place, thin, options=",index=off")
+    assert box.create(place).returncode == 0
+    assert box.source(place) == OURS
+    assert box.mounts() == [str(place / "rootfs")]
+    spec = box.spec(place)
+    assert spec["root"]["path"] == str(place / "rootfs")
+    assert "hooks" not in spec
+    assert (place / "rootfs" / "data" / "file").read_text() == "of the image"  # what `docker cp` sees
+    assert box.call("start", "c").returncode == 0
+    assert (
+        subprocess.run(["tail", f"--pid={(place / 'pid').read_text()}", "-f", "/dev/null"], check=False).returncode == 0
+    )
+    assert box.call("delete", "c").returncode == 0
+    assert box.output() == "of the imageof the layer"
+    syscalls.umount2(place / "rootfs")  # as every engine does
+    assert box.mounts() == []
+    assert (upper / "data" / "new").read_text() == "written\n"
+
+    # stop and start: the engine mounts its overlay and writes config.json again
+    box.overlay(place, thin)
+    box.configure(place, ["/bin/sh", "-c", "cat /data/new; cat /data/file || echo removed"])
+    assert box.run(place).stdout == "written\nremoved\n"
+
+
+def test_restart_with_ours_still_mounted(box: Box) -> None:
+    """docker restart: the engine keeps what is mounted and creates again."""
+    thin = box.layer("thin")
+    place = box.bundle("b", "cat /count 2>/dev/null || true; echo more >> /count")
+    box.overlay(place, thin)
+    for turn in range(20):
+        box.configure(place, ["/bin/sh", "-c", "cat /count 2>/dev/null; echo more >> /count"])
+        done = box.run(place)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "more\n" * turn
+        assert box.mounts() == [str(place / "rootfs")]
+
+
+def test_restart_with_another_tree_is_built_anew(box: Box) -> None:
+    """The daemon was lost with its mounts: the same index is now another superblock."""
+    place = box.bundle("b", "echo one > /one")
+    box.overlay(place, box.layer("thin", {"t": "thin"}))
+    assert box.run(place).returncode == 0
+    other = box.directory / "other"
+    other.mkdir()
+    syscalls.mount(str(box.tree), other, None, syscalls.MS_BIND)
+    assert isinstance(box.daemon.answer, dict)
+    box.daemon.answer["tree"] = str(other)
+    box.configure(place, ["/bin/sh", "-c", "cat /one /t /data/file"])
+    assert box.run(place).stdout == "one\nthinof the image"
+    assert box.mounts().count(str(place / "rootfs")) == 1
+    # and with the record gone as well, from what mountinfo shows
+    for path in (box.run_dir / "containers").glob("*/c/state.json"):
+        path.unlink()
+    box.daemon.answer["tree"] = str(box.tree)
+    box.configure(place, ["/bin/sh", "-c", "cat /one /t /data/file"])
+    assert box.run(place).stdout == "one\nthinof the image"
+    syscalls.umount2(place / "rootfs")
+    assert box.mounts() == [str(other)]
+
+
+def test_engine_that_mounts_over_ours(box: Box) -> None:
+    thin = box.layer("thin")
+    place = box.bundle("b", ":")
+    for _ in range(3):
+        box.overlay(place, thin)
+        box.configure(place, ["/bin/true"])
+        assert box.run(place).returncode == 0
+        assert box.mounts() == [str(place / "rootfs")]
+
+
+def test_marker_in_a_lower_layer(box: Box) -> None:
+    place = box.bundle("b", "cat /data/file", annotations={})
+    box.overlay(place, box.layer("thin", {".clip/index.clip": "the index"}))
+    assert box.run(place).stdout == "of the image"
+    request, content = box.daemon.requests[0]
+    assert request["source"] == "marker"
+    assert content == b"the index"
+    # docker restart: our overlay is there, the marker is found in the engine's layers again
+    box.configure(place, ["/bin/cat", "/data/file"], {})
+    assert box.run(place).stdout == "of the image"
+    assert len(box.daemon.requests) == 2
+
+
+def test_marker_in_the_upper_counts_for_nothing(box: Box) -> None:
+    place = box.bundle("b", ":", annotations={})
+    upper = box.overlay(place, box.tree)
+    (upper / ".clip").mkdir()
+    (upper / ".clip" / "index.clip").write_text("chosen by the container")
+    assert box.run(place).returncode == 0
+    assert box.daemon.requests == []
+    assert box.source(place) == b"overlay"
+
+
+def test_index_in_the_bundle(box: Box) -> None:
+    place = box.bundle("b", "cat /data/file", annotations={})
+    (place / "index.clip").write_text("in the bundle")
+    assert box.run(place).stdout == "of the image"
+    assert box.daemon.requests[0][1] == b"in the bundle"
+
+
+def test_no_reference_changes_nothing(box: Box) -> None:
+    place = box.bundle("b", "echo plain", annotations={"other": "x"})
+    box.overlay(place, box.tree)
+    before = (place / "config.json").read_bytes(), os.stat(place / "config.json").st_mtime_ns
+    assert box.run(place).stdout == "plain\n"
+    assert ((place / "config.json").read_bytes(), os.stat(place / "config.json").st_mtime_ns) == before
+    assert box.daemon.requests == []
+    assert box.source(place) == b"overlay"
+    assert not (box.run_dir / "containers").exists()
+
+
+def test_read_only_without_an_upper(box: Box) -> None:
+    place = box.bundle("b", "cat /data/file /a", readonly=True)
+    box.overlay(place, box.layer("one", {"a": "A"}), box.layer("two"), upper=False)
+    assert box.run(place).stdout == "of the imageA"
+    assert box.source(place) == OURS
+
+
+def test_missing_mount_points_are_made(box: Box) -> None:
+    for name in ("proc", "sys", "dev"):
+        (box.tree / name).rmdir()
+    assert isinstance(box.daemon.answer, dict)
+    box.daemon.answer["dirs"] = []
+    place = box.bundle("b", "ls /proc/self/status")
+    upper = box.overlay(place, box.layer("thin"))
+    assert box.run(place).stdout == "/proc/self/status\n"
+    assert [(upper / name).stat().st_mode & 0o777 for name in ("proc", "sys", "dev")] == [0o555, 0o555, 0o755]
+
+
+def test_volatile_overlay(box: Box) -> None:
+    place = box.bundle("b", "cat /data/file")
+    box.overlay(place, box.layer("thin"), options=",volatile")
+    assert box.run(place).stdout == "of the image"
+
+
+def test_link_that_a_higher_layer_overrides(box: Box) -> None:
+    (box.tree / "usr" / "lib").mkdir()
+    (box.tree / "lib").symlink_to("usr/lib")
+    assert isinstance(box.daemon.answer, dict)
+    box.daemon.answer["symlinks"]["lib"] = {"target": "usr/lib", "resolves": True}
+    thin = box.layer("thin", {"lib/own": "x"})  # a real directory where the image has a link
+    place = box.bundle("b", "cat /lib/own; rm -r /usr/lib")
+    box.overlay(place, thin)
+    assert box.run(place).stdout == "x"
+
+
+def test_container_may_remove_what_a_link_leads_to(box: Box) -> None:
+    (box.tree / "usr" / "lib").mkdir()
+    (box.tree / "lib").symlink_to("usr/lib")
+    assert isinstance(box.daemon.answer, dict)
+    box.daemon.answer["symlinks"]["lib"] = {"target": "usr/lib", "resolves": True}
+    place = box.bundle("b", "rm -r /usr/lib")
+    box.overlay(place, box.layer("thin"))
+    assert box.run(place).returncode == 0
+    box.configure(place, ["/bin/sh", "-c", "test -e /usr/lib || echo gone"])
+    assert box.run(place).stdout == "gone\n"
+
+
+# --- failures ---
+
+
+@pytest.mark.parametrize("kind", ["overlay", "plain"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"ok": False, "kind": "TrustError", "error": "registry evil.test is not trusted", "hint": "no."}, "evil.test"),
+        ({"ok": False, "kind": "os.system", "error": "Permission denied: /x"}, "EACCES: /x"),
+        ({"tree": "/no/such/tree"}, "cannot be opened: ENOENT"),
+        ({"tree": "relative"}, "names no tree"),
+        ({"index": "sha256:../../x"}, "names no tree"),
+        ({"symlinks": {"lib64": {"target": "usr/lib64", "resolves": True}}}, "/lib64 is not the symlink to usr/lib64"),
+        ({"symlinks": {"bin": {"target": "", "resolves": True}}}, "empty symlink /bin"),
+        ({"symlinks": {"../x": {"target": "y", "resolves": True}}}, "makes no sense"),
+        ({"symlinks": {"vmlinuz": {"target": "boot/gone", "resolves": True}}}, "leads nowhere"),
+        ({"dirs": ["proc", "dev", "sys"], "tree": "EMPTY"}, "another mount namespace"),
+    ],
+)
+def test_failure_undoes_everything(box: Box, change: dict[str, Any], text: str, kind: str) -> None:
+    assert isinstance(box.daemon.answer, dict)
+    box.daemon.answer |= change
+    if change.get("tree") == "EMPTY":
+        box.daemon.answer["tree"] = str(box.layer("empty"))
+    place = box.bundle("b", ":")
+    if kind == "overlay":
+        box.overlay(place, box.layer("thin", {"t": "thin"}))
+    before = (place / "config.json").read_bytes()
+    mounts = box.mounts()
+    done = box.run(place)
+    message = failure(box, done, text)
+    assert done.stderr == message + "\n"
+    assert done.stdout == ""
+    assert (place / "config.json").read_bytes() == before
+    assert box.mounts() == mounts
+    assert not list((box.run_dir / "containers").glob("*/c"))
+    # what was wrong is put right: the same create works
+    box.daemon.answer = {**box.daemon.answer, "ok": True, "tree": str(box.tree), "index": DIGEST, "symlinks": {}}
+    assert box.run(place).returncode == 0
+
+
+@pytest.mark.parametrize("answer", [b"", b"nonsense\n", b"[]\n", b'{"ok": true}\n', b'{"ok": true'])
+def test_daemon_that_answers_nonsense(box: Box, answer: bytes) -> None:
+    box.daemon.answer = answer
+    os.environ["CLIP_SHIM_MOUNT_DEADLINE"] = "500ms"
+    try:
+        done = box.run(box.bundle("b", ":"))
+    finally:
+        del os.environ["CLIP_SHIM_MOUNT_DEADLINE"]
+    failure(box, done, "the daemon")
+
+
+def test_daemon_that_is_not_there_and_does_not_start(box: Box) -> None:
+    box.daemon.close()
+    failure(box, box.run(box.bundle("b", ":")), "the daemon did not start")
+
+
+def test_failed_runtime_leaves_nothing_beside(box: Box) -> None:
+    place = box.bundle("b", ":")
+    box.configure(place, ["/no/such/program"])
+    before = (place / "config.json").read_bytes()
+    assert box.run(place).returncode == 1
+    assert box.mounts() == []
+    assert box.leftovers() == []
+    assert (place / "config.json").read_bytes() == before
+
+
+def test_failed_runtime_leaves_the_engine_one_mount(box: Box) -> None:
+    """In place there is no hook: the engine unmounts its rootfs after a failed create, and that is all there is."""
+    place = box.bundle("b", ":")
+    box.overlay(place, box.layer("thin"))
+    box.configure(place, ["/no/such/program"])
+    assert box.run(place).returncode == 1
+    assert box.mounts() == [str(place / "rootfs")]
+    box.configure(place, ["/bin/true"])
+    assert box.run(place).returncode == 0  # a retry finds ours and uses it
+    syscalls.umount2(place / "rootfs")
+    assert box.mounts() == []
+
+
+def test_user_namespace_is_refused(box: Box) -> None:
+    place = box.bundle("b", ":")
+    spec = box.spec(place)
+    spec["linux"]["uidMappings"] = [{"containerID": 0, "hostID": 100000, "size": 65536}]
+    (place / "config.json").write_text(json.dumps(spec))
+    failure(box, box.run(place), "user namespace")
+    assert box.daemon.requests == []
+
+
+def test_mount_below_the_rootfs_is_refused(box: Box) -> None:
+    place = box.bundle("b", ":")
+    box.overlay(place, box.layer("thin", {"sub/file": "x"}))
+    syscalls.mount("tmpfs", place / "rootfs" / "sub", "tmpfs")
+    failure(box, box.run(place), "something is mounted below")
+
+
+def test_kill_switch(box: Box) -> None:
+    (box.directory / "etc").mkdir()
+    (box.directory / "etc" / "disabled").write_text("registry moves on Friday\n")
+    failure(box, box.run(box.bundle("b", ":")), "registry moves on Friday")
+    assert box.daemon.requests == []
+    plain = box.bundle("plain", "echo plain", annotations={})
+    box.overlay(plain, box.tree)
+    assert box.run(plain, "p").stdout == "plain\n"
+
+
+def test_wrong_configuration_fails_lazy_containers_only(box: Box) -> None:
+    (box.directory / "etc").mkdir()
+    (box.directory / "etc" / "c.yaml").write_text("run_dri: /x\n")
+    failure(box, box.run(box.bundle("b", ":")), "unknown key `run_dri`")
+    plain = box.bundle("plain", "echo plain", annotations={})
+    box.overlay(plain, box.tree)
+    assert box.run(plain, "p").stdout == "plain\n"
+
+
+def test_log_that_cannot_be_written(box: Box) -> None:
+    box.log = box.directory / "no" / "such" / "log"
+    assert isinstance(box.daemon.answer, dict)
+    box.daemon.answer["tree"] = "/no/such/tree"
+    done = box.run(box.bundle("b", ":"))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+
+
+# --- IDs and concurrency ---
+
+
+@pytest.mark.parametrize("kind", ["overlay", "plain"])
+def test_second_create_of_a_live_id(box: Box, kind: str) -> None:
+    place = box.bundle("b", "while :; do sleep 0.05; done")
+    if kind == "overlay":
+        box.overlay(place, box.layer("thin"))
+    assert box.create(place).returncode == 0
+    assert box.call("start", "c").returncode == 0
+    mounts = box.mounts()
+    second = box.bundle("second", ":")
+    done = box.call("create", "--bundle", second, "c")
+    assert done.returncode == 1
+    assert "exist" in done.stderr
+    assert "clip-shim" not in done.stderr
+    assert box.mounts() == mounts
+    assert box.call("exec", "c", "/bin/cat", "/data/file").stdout == "of the image"
+    assert len(box.daemon.requests) == 1
+
+
+def test_second_create_while_the_first_waits(box: Box) -> None:
+    """Two creates of one ID: the one that comes while the other still waits for its tree is refused."""
+    reached, go = threading.Event(), threading.Event()
+    answer = box.daemon.answer
+    assert isinstance(answer, dict)
+
+    def wait(_: dict[str, Any]) -> dict[str, Any]:
+        reached.set()
+        go.wait(20)
+        return answer
+
+    box.daemon.answer = wait
+    place = box.bundle("b", "while :; do sleep 0.05; done")
+    first: list[subprocess.CompletedProcess[str]] = []
+    thread = threading.Thread(target=lambda: first.append(box.create(place)))
+    thread.start()
+    assert reached.wait(20)
+    done = box.call("create", "--bundle", box.bundle("second", ":"), "c")
+    assert done.returncode == 1
+    assert "is being created by another process" in done.stderr
+    go.set()
+    thread.join()
+    assert first[0].returncode == 0
+    assert box.call("start", "c").returncode == 0
+    assert box.call("exec", "c", "/bin/true").returncode == 0
+
+
+def test_killed_wrapper_can_be_followed_by_another(box: Box) -> None:
+    reached = threading.Event()
+    answer = box.daemon.answer
+    box.daemon.answer = lambda _: reached.set() or threading.Event().wait(20) or {}  # type: ignore[func-returns-value]
+    place = box.bundle("b", "cat /data/file")
+    line = [str(box.launcher), "--root", str(box.root), "run", "--bundle", str(place), "c"]
+    first = subprocess.Popen(line)
+    assert reached.wait(20)
+    first.kill()
+    first.wait()
+    box.daemon.answer = answer
+    assert box.run(place).stdout == "of the image"
+    assert box.leftovers() == []
+
+
+def test_ten_at_once(box: Box) -> None:
+    places = [box.bundle(f"b{n}", f"cat /data/file; echo {n} > /n; cat /n") for n in range(10)]
+    thin = box.layer("thin")
+    for place in places[:5]:
+        box.overlay(place, thin)
+    done: dict[int, subprocess.CompletedProcess[str]] = {}
+    threads = [
+        threading.Thread(target=lambda n=n: done.update({n: box.run(places[n], f"c{n}")}))  # type: ignore[misc]
+        for n in range(10)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n in range(10):
+        assert done[n].stdout == f"of the image{n}\n", done[n]
+    assert len(box.mounts()) == 5
+    assert len(errors(box)) == 0
