@@ -87,9 +87,7 @@ def _filters(raw_length: int) -> list[dict[str, int]]:
 
 def _decompress(stored: bytes, raw_length: int, name: str) -> bytes:
     if raw_length > _FREE_RAW + _MAX_RATIO * len(stored):
-        raise IndexFormatError(
-            f"section {name} claims {raw_length} bytes from {len(stored)}: more than a reader accepts"
-        )
+        raise IndexFormatError(f"section {name} claims {raw_length} bytes from {len(stored)}: too many to believe")
     decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_filters(raw_length))
     try:
         raw = decoder.decompress(stored, max_length=raw_length + 1)
@@ -169,9 +167,7 @@ def parse(view: memoryview, known: frozenset[bytes]) -> Container:
             raise IndexFormatError(f"the section table is damaged: row {row} repeats a tag")
         if section.tag not in known and section.flags & MANDATORY:
             name = section.tag.decode("ascii", "backslashreplace")
-            raise IndexFormatError(
-                f"the index has a section {name} that this version cannot do without: update clip-shim"
-            )
+            raise IndexFormatError(f"the index has a section {name} that a reader must know: update clip-shim")
         end += section.length
         sections[section.tag] = section
     if end != total - _TRAILER.size:

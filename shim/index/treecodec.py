@@ -315,7 +315,10 @@ def _build(decoder: _Decoder) -> Node:
         decoder.since += 1
         assert parent.children is not None
         if not number:
-            node = files[len(files) - (next(decoder.links) or len(files) + 1)]
+            back = next(decoder.links)
+            if not 1 <= back <= len(files):
+                raise IndexFormatError("the tree is damaged: a link points nowhere")
+            node = files[-back]
             node.nlink += 1
             parent.children[name] = node
             continue
