@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 MAX_HEADER = 8192
 MAX_CHALLENGES = 16
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - the grammar's "token"
-_PARAM = re.compile(rf"({_TOKEN})[ \t]*=[ \t]*(?:\"((?:[^\"\\]|\\.)*)\"|([^\s,\"]+))")
+_PARAM = re.compile(rf"({_TOKEN})[ \t]*=[ \t]*(?:\"((?:[^\"\\]|\\.)*)\"|([^\s,\"=][^\s,\"]*))")
 _SCHEME = re.compile(rf"({_TOKEN})(?=[ \t,]|\Z)")
 _SPACE = re.compile(r"[ \t,]*")
 _REST = re.compile(r"[^,]*")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
+import time
 from collections.abc import Mapping
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -47,32 +49,58 @@ def run_helper(
 
 
 def _run(program: str, server: str, env: Mapping[str, str], timeout: float) -> tuple[int | None, bytes]:
-    """(exit code, output), the code None when time or room ran out. The whole process group is killed then."""
+    """(exit code, output), the code None when time or room ran out. Its whole session's group is killed then."""
     import subprocess
-    import tempfile
 
-    with tempfile.TemporaryFile() as out:
-        # a file as output: a helper that leaves a child behind cannot hold a pipe open
-        with subprocess.Popen(
-            [program, "get"],
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=subprocess.DEVNULL,
-            env=dict(env),
-            cwd="/",
-            start_new_session=True,
-        ) as process:
-            try:
-                process.communicate(server.encode(), timeout=timeout)
-            except subprocess.TimeoutExpired:
-                pass
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-                    process.returncode = -9
-        size = out.seek(0, os.SEEK_END)
-        out.seek(0)
-        if process.returncode == -9 or size > MAX_OUTPUT:
-            return None, b""
-        return process.returncode, out.read(MAX_OUTPUT)
+    with subprocess.Popen(
+        [program, "get"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=dict(env),
+        cwd="/",
+        bufsize=0,
+        start_new_session=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(server.encode())  # far less than a pipe holds
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it does not read: its exit code says what it thinks
+        output = _read(process.stdout.fileno(), process.pid, time.monotonic() + timeout)
+        if output is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return (None, b"") if output is None else (process.returncode, output)
+
+
+def _read(fd: int, pid: int, deadline: float) -> bytes | None:
+    """What comes from `fd` until `pid` has ended (a child it leaves behind may hold the pipe open), or None."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        os.set_blocking(fd, False)
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.register(pidfd, select.POLLIN)
+        output = b""
+        while (left := deadline - time.monotonic()) > 0:
+            ready = {ready for ready, _ in poll.poll(left * 1000)}
+            while fd in ready or pidfd in ready:
+                try:
+                    data = os.read(fd, 8192)
+                except BlockingIOError:
+                    break
+                output += data
+                if len(output) > MAX_OUTPUT:
+                    return None
+                if not data:
+                    if fd in ready:
+                        poll.unregister(fd)
+                    break
+            if pidfd in ready:
+                return output
+        return None
+    finally:
+        os.close(pidfd)

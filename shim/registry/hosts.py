@@ -89,7 +89,7 @@ class Hosts:
         return self._build(registry, self._table.get(name, {}), f"registries.{name}")
 
     def _build(self, registry: str, entry: Mapping[str, Any], key: str) -> list[Host]:
-        mirrors = entry.get("mirrors") or []
+        mirrors = [] if entry.get("mirrors") is None else entry["mirrors"]
         if not isinstance(mirrors, list) or len(mirrors) > MAX_MIRRORS:
             raise ConfigError(f"{key}.mirrors must be a list of at most {MAX_MIRRORS} tables")
         hosts = []

@@ -138,8 +138,8 @@ class Response:
             self.close()
 
     def length(self) -> int | None:
-        """Content-Length, or None."""
-        value = self.headers.get("Content-Length", "")
+        """Content-Length, or None (RFC 9112 6.3: Transfer-Encoding overrides it)."""
+        value = "" if "Transfer-Encoding" in self.headers else self.headers.get("Content-Length", "")
         return int(value) if value.isascii() and value.isdigit() and len(value) < 19 else None
 
     def close(self) -> None:

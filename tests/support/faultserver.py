@@ -38,7 +38,7 @@ class Fault:
     path: re.Pattern[str]
     times: int | None = None  # None: always
     status: int | None = None  # answer this instead
-    headers: dict[str, str] = field(default_factory=dict)  # put into the answer, replacing
+    headers: dict[str, str | None] = field(default_factory=dict)  # put into the answer, replacing; None: left out
     body: bytes | None = None  # with `status`
     retry_after: str | None = None
     redirect: str | Callable[[str], str] | None = None  # Location, or made from the path asked for
@@ -299,7 +299,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             full["Retry-After"] = fault.retry_after
         if fault.redirect is not None:
             full["Location"] = fault.redirect if isinstance(fault.redirect, str) else fault.redirect(self.path)
-        full = {k: v for k, v in full.items() if k.lower() not in {n.lower() for n in fault.headers}} | fault.headers
+        full = {k: v for k, v in full.items() if k.lower() not in {n.lower() for n in fault.headers}}
+        full |= {k: v for k, v in fault.headers.items() if v is not None}
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}"]
         head = "\r\n".join([*lines, *(f"{k}: {v}" for k, v in full.items()), "", ""]).encode("latin-1")
         if fault.drip_head is not None:
@@ -333,7 +334,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._wait(fault.drip[1])
             if self.owner.bandwidth:
                 self._wait(began + done / (self.owner.bandwidth * 1e6) - time.monotonic())
-        if not stops or stop == size:
+        if not stops or min(stops) > size:
             return
         if fault.hang_at is not None and fault.hang_at == stop:
             self.owner.stopping.wait(120)
