@@ -1,0 +1,160 @@
+"""The FUSE protocol's bytes: sizes as in <linux/fuse.h>, INIT, listings, the journal, the look at pending signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shim.errors import DaemonError
+from shim.fuse import proto
+from shim.fuse.journal import FIRST_NODE, Journal
+from shim.fuse.requests import kill_pending
+
+OFFERED = proto.ASYNC_READ | proto.PARALLEL_DIROPS | proto.MAX_PAGES | proto.INIT_EXT | 1 << 3 | 1 << 17
+
+
+def init_body(major: int = 7, minor: int = 45, flags: int = OFFERED | proto.HAS_RESEND) -> memoryview:
+    return memoryview(proto.INIT_IN_EXT.pack(major, minor, 131072, flags & 0xFFFFFFFF, flags >> 32))
+
+
+def test_structures_have_the_kernel_s_sizes() -> None:
+    header = Path("/usr/include/linux/fuse.h")
+    sizes = {
+        "fuse_in_header": proto.IN_HEADER.size,
+        "fuse_out_header": proto.OUT_HEADER.size,
+        "fuse_init_in": proto.INIT_IN_EXT.size,
+        "fuse_init_out": proto.INIT_OUT.size,
+        "fuse_read_in": proto.READ_IN.size + 16,
+        "fuse_open_out": proto.OPEN_OUT.size,
+        "fuse_release_in": proto.RELEASE_IN.size + 16,
+        "fuse_attr": proto.ATTR.size,
+        "fuse_attr_out": proto.ATTR_OUT.size + proto.ATTR.size,
+        "fuse_entry_out": proto.ENTRY_OUT.size + proto.ATTR.size,
+        "fuse_statfs_out": proto.STATFS_OUT.size,
+        "fuse_dirent": proto.DIRENT.size,
+    }
+    known = {"fuse_in_header": 40, "fuse_out_header": 16, "fuse_init_in": 64, "fuse_init_out": 64, "fuse_read_in": 40}
+    known |= {"fuse_open_out": 16, "fuse_release_in": 24, "fuse_attr": 88, "fuse_attr_out": 104, "fuse_entry_out": 128}
+    known |= {"fuse_statfs_out": 80, "fuse_dirent": 24}
+    assert sizes == known
+    if header.exists():
+        text = header.read_text()
+        assert all(f"struct {name} {{" in text for name in sizes)
+
+
+def test_init_takes_what_is_known_and_no_more() -> None:
+    state = proto.negotiate(init_body())
+    assert (state.major, state.minor) == (7, proto.MINOR)
+    assert state.flags == (OFFERED & ~(1 << 3 | 1 << 17)) | proto.HAS_RESEND
+    assert state.can_resend
+    assert not proto.negotiate(init_body(flags=OFFERED)).can_resend
+    assert proto.negotiate(init_body(minor=31)).minor == 31
+    assert proto.InitState.from_json(state.to_json()) == state
+    reply = proto.INIT_OUT.unpack(proto.init_out(state))
+    assert reply[9] == 0
+    assert reply[8] == 256  # pages in a read: 1 MiB
+
+
+@pytest.mark.parametrize("body", [init_body(minor=30), init_body(major=8), init_body(major=6), init_body()[:15]])
+def test_init_refuses_what_it_does_not_speak(body: memoryview) -> None:
+    with pytest.raises(proto.ProtocolError):
+        proto.negotiate(body)
+
+
+def test_a_listing_can_be_read_in_pieces() -> None:
+    entries = [(FIRST_NODE + i, b"n" * (i % 9 + 1)) for i in range(50)]
+    after, names = 0, []
+    while True:
+        data = proto.dirents(entries, after, 100)
+        if not data:
+            break
+        assert len(data) <= 100
+        position = 0
+        while position < len(data):
+            _, after, length, _ = proto.DIRENT.unpack_from(data, position)
+            start = position + proto.DIRENT.size
+            names.append(data[start : start + length])
+            position = start + (length + 7) // 8 * 8
+    assert names == [b".", b"..", *(name for _, name in entries)]
+
+
+def test_the_journal_tells_a_successor_everything(tmp_path: Path) -> None:
+    path = tmp_path / "blobs.journal"
+    state = proto.negotiate(init_body())
+    journal = Journal(path, fresh=True)
+    journal.record_init(state)
+    first, second = journal.allocate(b"aa"), journal.allocate(b"bb")
+    assert first != second
+    journal.add_node(first, b"aa", 1024)
+    journal.add_node(second, b"bb", 2048)
+    assert journal.allocate(b"aa") == first
+    for handle in (100, 102, 104):
+        journal.opened(handle, first)
+    journal.opened(100, first)  # delivered twice
+    journal.closed(102)
+    journal.closed(102)
+    journal.remove_node(second)
+    journal.close()
+    with open(path, "ab") as file:
+        file.write(b'{"open": 999, "no')  # killed in the middle of a line
+    for _ in range(2):  # loading rewrites it: the second time must say the same
+        journal = Journal(path, fresh=False)
+        assert journal.init == state
+        assert journal.nodes == {first: (b"aa", 1024)}
+        assert journal.opens == {100: first, 104: first}
+        assert journal.open_count(first) == 2
+        assert journal.allocate(b"bb") > second  # an id is never given to another name
+        journal.close()
+    assert Journal(path, fresh=True).nodes == {}
+
+
+def test_the_journal_stays_small(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", fresh=True)
+    journal.add_node(FIRST_NODE, b"a", 512)
+    for handle in range(12_000):
+        journal.opened(handle, FIRST_NODE)
+        journal.closed(handle)
+    assert (tmp_path / "j").stat().st_size < 700_000
+    journal.close()
+    assert Journal(tmp_path / "j", fresh=False).opens == {}
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{}\n", b'{"v": 2, "next": 16}\n', b"junk\n", b'{"v":1,"next":16}\n{"open":"x"}\n']
+)
+def test_a_damaged_journal_is_an_error_not_a_guess(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "j").write_bytes(text)
+    with pytest.raises(DaemonError):
+        Journal(tmp_path / "j", fresh=False)
+
+
+def test_only_a_pending_sigkill_counts() -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import signal; signal.pthread_sigmask(0, [10]); print(1, flush=True); signal.pause()"],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert not kill_pending(child.pid)
+        os.kill(child.pid, signal.SIGUSR1)  # blocked, so it stays pending
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        assert "ShdPnd:\t0000000000000200" in status
+        assert not kill_pending(child.pid)
+    finally:
+        child.kill()
+        child.wait()
+    assert not kill_pending(child.pid)
+    assert not kill_pending(0)
+
+
+def test_short_structures_are_an_error_of_struct() -> None:
+    """The reader answers EINVAL to it."""
+    with pytest.raises(struct.error):
+        proto.RELEASE_IN.unpack_from(b"1234")
