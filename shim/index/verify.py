@@ -97,13 +97,15 @@ def _first_span(said: Spans, actual: Spans) -> str:
 
 def compare_trees(said: Tree, actual: Tree) -> Iterator[str]:
     """Lines for what differs, `said` being the index's: names, metadata, where data lies, which names are one inode."""
-    pairs: dict[int, int] = {}  # id of our node → id of theirs
+    theirs_of: dict[int, int] = {}  # id of our node → id of theirs, and back
+    ours_of: dict[int, int] = {}
     stack: list[tuple[bytes, Node, Node]] = [(b"", said.root, actual.root)]
     while stack:
         path, ours, theirs = stack.pop()
         name = show_path(path or b"/")
-        if pairs.setdefault(id(ours), id(theirs)) != id(theirs):
-            yield f"{name}: is a hard link to another file in the index"
+        joined = theirs_of.setdefault(id(ours), id(theirs)) != id(theirs)
+        if joined or ours_of.setdefault(id(theirs), id(ours)) != id(ours):
+            yield f"{name}: is a hard link to other names in the index than in the registry"
         for key, mine, real in _fields(ours, theirs):
             yield f"{name}: {key} is {mine} in the index and {real} in the registry"
         mine_names, real_names = ours.children or {}, theirs.children or {}
