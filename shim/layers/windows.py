@@ -89,7 +89,8 @@ class PackedWindows(MutableSequence[bytes]):
 
     @staticmethod
     def _pack(window: bytes) -> bytes:
-        return zstandard.compress(window) if window else b""
+        # Copied: zstandard's result was shrunk in place, and the rest of its 32 KiB is too small to be used again.
+        return bytes(memoryview(zstandard.compress(window))) if window else b""
 
     @staticmethod
     def _unpack(packed: bytes) -> bytes:
