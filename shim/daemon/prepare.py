@@ -2,7 +2,7 @@
 
     index.clip        the index, as it was given (written by the daemon before the job)
     spans.<n>         layer n's span table (shim/index/spanfile.py)
-    image.erofs       the EROFS metadata image; absent until it is first needed
+    image.erofs       the EROFS metadata image
     meta.json         everything else the daemon needs; written last: without it the directory counts as empty
 
 Every file is written under a temporary name and renamed, so the job can be killed anywhere and run again.
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from shim.erofs.writer import write_image
 from shim.errors import IndexFormatError
 from shim.index import codec
 from shim.index.model import Index, Node, Tree
@@ -32,8 +33,12 @@ def blob_name(diff_id: str, table_digest: bytes) -> str:
     return f"{diff_id.partition(':')[2]}-{table_digest.hex()[:16]}"
 
 
-def prepare_tree(directory: str) -> dict[str, Any]:
-    """Decode and validate `directory`/index.clip, write the span files and meta.json; returns the meta."""
+def prepare_tree(directory: str, erofs: bool = True) -> dict[str, Any]:
+    """Decode and validate `directory`/index.clip, write everything that the mount needs; returns the meta.
+
+    The EROFS image is left to `build_image` when it needs data that EROFS cannot map: that has to be read through the
+    blob files, which are served only when the caller has the meta.
+    """
     base = Path(directory)
     index = codec.read_index(base / "index.clip")
     layers = []
@@ -59,8 +64,27 @@ def prepare_tree(directory: str) -> dict[str, Any]:
         "dirs": [name for name in ("proc", "dev", "sys") if _is_dir(index.tree.root, name.encode())],
         "probes": _probes(index),
     }
+    if erofs:
+        _try_image(base, index)
     _commit(base / "meta.json", lambda out: out.write(json.dumps(meta).encode()))
     return meta
+
+
+def _try_image(base: Path, index: Index) -> None:
+    class NeedsBytesError(Exception):
+        pass
+
+    def refuse(_layer: int, _offset: int, _length: int) -> bytes:
+        raise NeedsBytesError
+
+    try:
+        _commit(base / "image.erofs", lambda out: write_image(index.tree, _sizes(index), out, refuse))
+    except NeedsBytesError:
+        (base / "image.erofs.tmp").unlink()
+
+
+def _sizes(index: Index) -> list[int]:
+    return [layer.uncompressed_size for layer in index.layers]
 
 
 def read_meta(directory: Path) -> dict[str, Any] | None:
@@ -77,10 +101,7 @@ def build_image(directory: str, blobs: str, names: list[str]) -> None:
     base = Path(directory)
     if (base / "image.erofs").exists():
         return
-    from shim.erofs.writer import write_image
-
     index = codec.read_index(base / "index.clip")
-    sizes = [layer.uncompressed_size for layer in index.layers]
 
     def read_layer(layer: int, offset: int, length: int) -> bytes:
         with open(os.path.join(blobs, names[layer]), "rb", buffering=0) as blob:
@@ -92,7 +113,7 @@ def build_image(directory: str, blobs: str, names: list[str]) -> None:
                 data += piece
             return data
 
-    _commit(base / "image.erofs", lambda out: write_image(index.tree, sizes, out, read_layer))
+    _commit(base / "image.erofs", lambda out: write_image(index.tree, _sizes(index), out, read_layer))
 
 
 def _commit(path: Path, write: Callable[[BinaryIO], object]) -> None:

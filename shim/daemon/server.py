@@ -6,6 +6,7 @@ import faulthandler
 import fcntl
 import os
 import resource
+import select
 import signal
 import sys
 import threading
@@ -32,8 +33,7 @@ def serve(settings: Settings) -> int:
     sys.setswitchinterval(0.0005)  # the GIL's: a cached read waits this long beside CPU-bound threads, not 5 ms
     faulthandler.register(signal.SIGUSR1)
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    stop = _stop_requests()
     try:
         daemon = Daemon(settings)
     except ShimError as error:
@@ -42,16 +42,19 @@ def serve(settings: Settings) -> int:
     daemon.start()
     notify.ready()
     log.info("daemon serves", pid=os.getpid(), version=__version__, run_dir=str(settings.run_dir))
-    ended = threading.Event()
-
-    def wait_for_signal() -> None:
-        signal.sigwait(signals)
-        ended.set()
-
-    threading.Thread(target=wait_for_signal, name="signals", daemon=True).start()
-    while not ended.wait(_REAP_SECONDS):
+    while not select.select([stop], [], [], _REAP_SECONDS)[0]:
         daemon.tick()
     return daemon.stop()
+
+
+def _stop_requests() -> int:
+    """A descriptor that becomes readable with SIGTERM or SIGINT. Blocking them for sigwait(3) would not do:
+    multiprocessing unblocks both when it starts its helpers."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return reader
 
 
 class Daemon:

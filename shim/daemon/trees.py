@@ -162,9 +162,9 @@ class Trees:
         directory = self._state / tree.hex
         deadline = self._settings["mount_deadline"]
         started = time.monotonic()
-        meta = prepare.read_meta(directory) or jobs.run(deadline, prepare.prepare_tree, str(directory))
-        timings["prepare"] = _ms(started)
         tier, _ = self.tier()
+        meta = prepare.read_meta(directory) or jobs.run(deadline, prepare.prepare_tree, str(directory), tier != "fuse")
+        timings["prepare"] = _ms(started)
         self._layers.add(tree.hex, meta, directory)
         try:
             started = time.monotonic()
