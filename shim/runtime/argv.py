@@ -56,6 +56,10 @@ FLAGS: dict[tuple[str, str], dict[str, bool]] = {
 }
 
 
+_ID_BYTES = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+,-.")
+_DEFAULT_ROOTS = {"runc": "/run/runc", "crun": "/run/crun"}
+
+
 class Invocation:
     """What a command line asks for. `verb` is None when the line is none of ours to understand: forward it untouched.
 
@@ -73,6 +77,16 @@ class Invocation:
         self.log = ""
         self.log_format = ""
         self.root = ""
+
+
+def is_valid_id(container: str) -> bool:
+    """runc's rule (libcontainer/factory_linux.go: idRegex and validateID), and short enough for a file name."""
+    return 0 < len(container) <= 255 and container not in (".", "..") and _ID_BYTES.issuperset(container)
+
+
+def runtime_root(root: str, style: str) -> str:
+    """The runtime's state directory: --root, or what it takes without."""
+    return root or _DEFAULT_ROOTS[style]
 
 
 def style_of(runtime: str) -> str:

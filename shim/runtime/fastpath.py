@@ -6,6 +6,7 @@ and `_signal` in memory already, `os` would cost two milliseconds and `signal` s
 
 from __future__ import annotations
 
+import gc
 import posix
 import sys
 from _signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal  # type: ignore[import-not-found]  # not in typeshed
@@ -136,10 +137,12 @@ def launch(package: str, settings_file: str) -> int:
                 execute(settings["runtimes"], words, environ)
         except (OSError, ValueError, StopIteration, KeyError):
             pass  # the slow way finds out what is wrong and says it
-    # a package that is found at this place and nowhere else: no search path, nothing to shadow
-    root = type(sys)("shim")
-    root.__path__ = [package]
-    sys.modules["shim"] = root
+    # packages that are found at this place and nowhere else: no search path, nothing to shadow
+    for name in ("shim", "shim.runtime", "shim.mount"):
+        module = sys.modules[name] = type(sys)(name)
+        module.__path__ = [package + name[4:].replace(".", "/")]
+    sys.modules["shim.runtime.fastpath"] = sys.modules["__main__"]  # this very text
+    gc.disable()  # what lives for milliseconds needs none
     from shim.runtime.main import run
 
     return run(words, original_environ(), settings_file)

@@ -9,18 +9,17 @@ import os
 import sys
 
 from shim.errors import BundleError, ConfigError, MountError, ShimError
-from shim.runtime.argv import Invocation, parse
+from shim.runtime.argv import Invocation, is_valid_id, parse, runtime_root
 from shim.runtime.bundle import Bundle
 from shim.runtime.config import DEFAULT_RUNTIMES, Config, load
 from shim.runtime.fastpath import POSTSTOP, execute, original_environ
-from shim.runtime.records import Record, is_valid_id, runtime_root
-from shim.runtime.reference import ANNOTATION, BUNDLE_FILE, SOURCE_ANNOTATION, Reference, find
-from shim.runtime.report import report
+from shim.runtime.reference import ANNOTATION, BUNDLE_FILE, SOURCE_ANNOTATION, find
 from shim.runtime.rootfs import Rootfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.runtime.create import Creation
+    from shim.runtime.records import Record
 
 _REASON_MAX = 200
 
@@ -30,12 +29,9 @@ def run(words: list[str], environ: dict[bytes, bytes], settings_file: str) -> in
     try:
         config = load(settings_file, environ)
     except ConfigError as error:
-        if parse(words).verb is not None or words[:1] == [POSTSTOP]:
-            report(error, parse(words))
-            return 1
-        execute(DEFAULT_RUNTIMES, words, environ)  # kill and delete must work whatever is wrong with us
-        report(error, Invocation())
-        return 1
+        if parse(words).verb is None and words[:1] != [POSTSTOP]:
+            execute(DEFAULT_RUNTIMES, words, environ)  # kill and delete must work whatever is wrong with us
+        return _fail(error, parse(words))
     return run_with(words, environ, config)
 
 
@@ -77,7 +73,13 @@ def run_with(words: list[str], environ: dict[bytes, bytes], config: Config) -> i
         problem = ShimError(f"unexpected {type(error).__name__}: {error}")
     if creation is not None:
         creation.undo()
-    report(problem, invocation)
+    return _fail(problem, invocation)
+
+
+def _fail(error: ShimError, invocation: Invocation) -> int:
+    from shim.runtime.report import report
+
+    report(error, invocation)
     return 1
 
 
@@ -88,44 +90,55 @@ def prepare(invocation: Invocation, config: Config, environ: dict[bytes, bytes])
     """
     if not is_valid_id(invocation.container):
         return None
-    root = runtime_root(invocation.root, config.style)
+    root = os.path.abspath(runtime_root(invocation.root, config.style))
     if os.path.lexists(os.path.join(root, invocation.container)):
         return None
     try:
         bundle = Bundle(invocation.bundle, invocation.config)
     except (OSError, BundleError):
         return None
-    record = Record(config, root, invocation.container)
+    places = _Places(bundle, config, root, invocation.container)
     try:
         put_back(bundle, config)
-        found = _find(bundle, config, record)
+        reference = find(bundle, config, lambda: places.rootfs.lowers())  # noqa: PLW0108  # looked at when needed
     except BundleError:
         if ANNOTATION.encode() in bundle.data or os.path.lexists(os.path.join(bundle.directory, BUNDLE_FILE)):
             raise
         return None
-    if found is None:
+    if reference is None:
         return None
-    reference, rootfs = found
     _refuse_if_disabled(config)
     from shim.runtime.create import Creation
 
-    creation = Creation(config, bundle, rootfs, record)
+    creation = Creation(config, bundle, places.rootfs, places.record)
     if not creation.run(reference, root, invocation.container, environ):
         return None
     return creation
 
 
-def _find(bundle: Bundle, config: Config, record: Record) -> tuple[Reference, Rootfs] | None:
-    looked: list[Rootfs] = []
+class _Places:
+    """The container's rootfs and our record of it, looked at when they are needed."""
 
-    def rootfs() -> Rootfs:
-        if not looked:
-            record.load()
-            looked.append(Rootfs(bundle.rootfs, record))
-        return looked[0]
+    def __init__(self, bundle: Bundle, config: Config, root: str, container: str) -> None:
+        self._arguments = (config, root, container)
+        self._bundle = bundle
+        self._rootfs: Rootfs | None = None
+        self._record: Record | None = None
 
-    reference = find(bundle, config, lambda: rootfs().lowers())
-    return None if reference is None else (reference, rootfs())
+    @property
+    def rootfs(self) -> Rootfs:
+        if self._rootfs is None:
+            self._rootfs = Rootfs(self._bundle.rootfs, lambda: self.record.state)
+        return self._rootfs
+
+    @property
+    def record(self) -> Record:
+        if self._record is None:
+            from shim.runtime.records import Record
+
+            self._record = Record(*self._arguments)
+            self._record.load()
+        return self._record
 
 
 def put_back(bundle: Bundle, config: Config) -> None:

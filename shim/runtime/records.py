@@ -30,18 +30,6 @@ if TYPE_CHECKING:
 VERSION = 1
 _STATE_MAX = 4 << 20
 _CLAIMS = 16
-_ID_BYTES = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+,-.")
-_DEFAULT_ROOTS = {"runc": "/run/runc", "crun": "/run/crun"}
-
-
-def is_valid_id(container: str) -> bool:
-    """runc's rule (libcontainer/factory_linux.go: idRegex and validateID), and short enough for a file name."""
-    return 0 < len(container) <= 255 and container not in (".", "..") and _ID_BYTES.issuperset(container)
-
-
-def runtime_root(root: str, style: str) -> str:
-    """The runtime's state directory: --root, or what it takes without."""
-    return os.path.abspath(root) if root else _DEFAULT_ROOTS[style]
 
 
 class Record:

@@ -11,7 +11,8 @@ from shim.runtime.reference import MARKER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from shim.runtime.records import Record
+    from collections.abc import Callable
+    from typing import Any
 
 STOCK, EARLIER, PLAIN = "stock", "earlier", "plain"
 
@@ -20,16 +21,17 @@ class Rootfs:
     """path: the root directory, links resolved; kind: STOCK (an engine's overlay is mounted there), EARLIER (ours is)
     or PLAIN (a directory, bind mount, or nothing at all); entry: its mountinfo entry, if it is a mount point."""
 
-    __slots__ = ("_record", "data", "entry", "kind", "path")
+    __slots__ = ("_state", "data", "entry", "kind", "path")
 
-    def __init__(self, path: str, record: Record) -> None:
+    def __init__(self, path: str, state: Callable[[], dict[str, Any]]) -> None:
+        """state: gives the content of the container's record, and is called if it is needed."""
         self.path = os.path.realpath(path).encode("utf-8", "surrogateescape")
         self.data = mountinfo.read_bytes()
         self.entry = mountinfo.at(self.path, self.data)
         self.kind = PLAIN
         if self.entry is not None and self.entry.fs_type == b"overlay" and self.entry.root == b"/":
             self.kind = EARLIER if self.entry.source.startswith(OURS) else STOCK
-        self._record = record
+        self._state = state
 
     def layers(self) -> Layers:
         """The engine's own layers of a STOCK or EARLIER overlay. MountError if they cannot be told."""
@@ -39,7 +41,7 @@ class Rootfs:
     def _earlier(self) -> Layers:
         """From the record that was made with the mount; from the mount itself when there is none."""
         assert self.entry is not None
-        state = self._record.state
+        state = self._state()
         if state.get("kind") == "in-place" and state.get("rootfs") == os.fsdecode(self.path):
             return layers_from(state)
         shown = read_stock(self.entry)
