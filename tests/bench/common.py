@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `measured` and `reach` are what a person reads; `met` is None where nothing was promised."""
+    """One line of the table. `measured`, `reach`: what a person reads; `met` is None where nothing was promised."""
 
     what: str
     measured: str

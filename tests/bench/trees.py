@@ -15,7 +15,7 @@ def _find(directory: Path) -> Callable[[], float]:
 
 
 def _read(directory: Path) -> Callable[[], float]:
-    command = "find \"$0\" -type f -print0 | xargs -0 cat | wc -c"
+    command = 'find "$0" -type f -print0 | xargs -0 cat | wc -c'
     return lambda: _cold(lambda: subprocess.run(["sh", "-c", command, str(directory)], check=True, stdout=-3))
 
 
