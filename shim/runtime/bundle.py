@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MAX = 16 << 20
 _CRI_KEYS = ("io.kubernetes.", "io.container.manager")
+_PODMAN_KEYS = ("io.kubernetes.cri-o.Created", "io.kubernetes.cri-o.TTY")  # on all its containers (libpod, annotations.go)
 _TYPE_KEYS = ("io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType")
 _NAME_KEYS = ("io.kubernetes.cri.container-name", "io.kubernetes.container.name")
 
@@ -81,7 +82,7 @@ class Bundle:
     @property
     def is_cri(self) -> bool:
         """Whether a Kubernetes runtime wrote this: then whoever may make a pod writes the annotations."""
-        return any(key.startswith(_CRI_KEYS) for key in self.annotations)
+        return any(key.startswith(_CRI_KEYS) and key not in _PODMAN_KEYS for key in self.annotations)
 
     @property
     def cri_name(self) -> str | None:
