@@ -55,29 +55,29 @@ def test_annotation(podman: Podman, small: str, pushed: Callable[[str], str], in
 
 
 def test_exec_cp_and_stop_start_keep_writes(podman: Podman, small: str, tmp_path: Path) -> None:
-    podman.run("-d", "--name=c", small, "sleep", "1000")
+    podman.run("-d", "--name=box", small, "sleep", "1000")
     (tmp_path / "in").write_text("from the host")
-    podman.call("cp", tmp_path / "in", "c:/data/in")
-    podman.call("exec", "c", "sh", "-c", "cat /data/in >/data/copy; rm /data/page")
-    podman.call("cp", "c:/data/text.txt", tmp_path / "out")
+    podman.call("cp", tmp_path / "in", "box:/data/in")
+    podman.call("exec", "box", "sh", "-c", "cat /data/in >/data/copy; rm /data/page")
+    podman.call("cp", "box:/data/text.txt", tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == (expected.tree(images.image("small")) / "data/text.txt").read_bytes()
-    podman.call("stop", "-t", "0", "c")
-    podman.call("--runtime", "clip", "start", "c")
-    assert podman.output("exec", "c", "cat", "/data/copy") == "from the host"
-    assert podman.call("exec", "c", "ls", "/data/page", check=False).returncode == 1
+    podman.call("stop", "-t", "0", "box")
+    podman.call("--runtime", "clip", "start", "box")
+    assert podman.output("exec", "box", "cat", "/data/copy") == "from the host"
+    assert podman.call("exec", "box", "ls", "/data/page", check=False).returncode == 1
 
 
 def test_restart_leaks_no_mount(podman: Podman, host: Host, small: str) -> None:
-    podman.run("-d", "--name=c", small, "sleep", "1000")
+    podman.run("-d", "--name=box", small, "sleep", "1000")
     before = sorted(host.mounts())
     for _ in range(5):
-        podman.call("restart", "-t", "0", "c")
+        podman.call("restart", "-t", "0", "box")
     assert sorted(host.mounts()) == before
-    assert podman.output("exec", "c", "cat", "/data/one") == "changed in a higher layer"
+    assert podman.output("exec", "box", "cat", "/data/one") == "changed in a higher layer"
 
 
 def test_ordinary_image_is_untouched(podman: Podman, host: Host, pushed: Callable[[str], str], small: str) -> None:
-    podman.run("-d", "--name=c", podman.pull(pushed("small")), "sleep", "1000")
+    podman.run("-d", "--name=box", podman.pull(pushed("small")), "sleep", "1000")
     assert host.clip_overlays() == []
 
 

@@ -142,14 +142,14 @@ class Host:
         self._children.append(child)
         return child
 
-    def logs(self, lines: int = 25) -> str:
+    def logs(self, lines: int = 10) -> str:
         """The ends of all logs, for a failure's message."""
         out = []
         for path in sorted(
             [*(self.base / "log").iterdir(), *self.run_dir.glob("*.log"), *self.state_dir.glob("*.log")]
         ):
-            text = path.read_text(errors="replace").splitlines()[-lines:]
-            out.append("\n".join([f"--- {path.name}", *text]))
+            text = [line for line in path.read_text(errors="replace").splitlines() if "level=info" not in line]
+            out.append("\n".join([f"--- {path.name}", *text[-lines:]]))
         return "\n".join(out)
 
     # clip-shim
