@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -37,6 +38,7 @@ class Progress:
             if self._bar is None:
                 from tqdm import tqdm
 
+                sized = all(os.get_terminal_size(sys.stderr.fileno()))  # not always so: some give terminals no size
                 self._bar = tqdm(
                     total=total,
                     desc=self._label,
@@ -44,6 +46,8 @@ class Progress:
                     unit_scale=True,
                     unit_divisor=1024,
                     leave=False,
+                    ncols=None if sized else 80,
+                    nrows=None if sized else 24,
                     file=sys.stderr,
                 )
             self._bar.update(done - self._bar.n)
