@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 _MAX = 16 << 20
 _CRI_KEYS = ("io.kubernetes.", "io.container.manager")
-_PODMAN_KEYS = ("io.kubernetes.cri-o.Created", "io.kubernetes.cri-o.TTY")  # on all its containers (libpod, annotations.go)
+# podman writes these on all its containers (libpod/container_internal_common.go); the manager is then "libpod"
+_PODMAN_KEYS = ("io.kubernetes.cri-o.Created", "io.kubernetes.cri-o.TTY")
+_PODMAN = ("io.container.manager", "libpod")
+    "io.kubernetes.cri-o.Created",
+    "io.kubernetes.cri-o.TTY",
+)  # on all its containers (libpod, annotations.go)
 _TYPE_KEYS = ("io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType")
 _NAME_KEYS = ("io.kubernetes.cri.container-name", "io.kubernetes.container.name")
 
@@ -82,7 +87,10 @@ class Bundle:
     @property
     def is_cri(self) -> bool:
         """Whether a Kubernetes runtime wrote this: then whoever may make a pod writes the annotations."""
-        return any(key.startswith(_CRI_KEYS) and key not in _PODMAN_KEYS for key in self.annotations)
+        return any(
+            key.startswith(_CRI_KEYS) and key not in _PODMAN_KEYS and (key, value) != _PODMAN
+            for key, value in self.annotations.items()
+        )
 
     @property
     def cri_name(self) -> str | None:
