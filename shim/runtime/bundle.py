@@ -20,9 +20,6 @@ _CRI_KEYS = ("io.kubernetes.", "io.container.manager")
 # podman writes these on all its containers (libpod/container_internal_common.go); the manager is then "libpod"
 _PODMAN_KEYS = ("io.kubernetes.cri-o.Created", "io.kubernetes.cri-o.TTY")
 _PODMAN = ("io.container.manager", "libpod")
-    "io.kubernetes.cri-o.Created",
-    "io.kubernetes.cri-o.TTY",
-)  # on all its containers (libpod, annotations.go)
 _TYPE_KEYS = ("io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType")
 _NAME_KEYS = ("io.kubernetes.cri.container-name", "io.kubernetes.container.name")
 
