@@ -28,7 +28,8 @@ STORED = 0
 LZMA2 = 1
 _MAX_DICT = 8 << 20  # decoding takes this much memory beside the result, encoding about 12 times as much
 _FREE_RAW = 64 << 10
-_MAX_RATIO = 64  # raw bytes for each stored one: what a small file can make a reader allocate is bounded
+_MAX_RATIO = 64  # raw bytes for each byte of the file: what a small file can make a reader allocate is bounded
+_PADDING = b"fill"  # an optional section of zeros that a very regular index gets to keep within that ratio
 
 _HEADER = struct.Struct("<8sHHIQ8s32s")  # magic, major, minor, sections, total length, zero, SHA-256 of the table
 _ROW = struct.Struct("<4sHHQQQ32s")  # tag, flags, codec, offset, stored length, raw length, SHA-256 of the stored bytes
@@ -86,8 +87,6 @@ def _filters(raw_length: int) -> list[dict[str, int]]:
 
 
 def _decompress(stored: bytes, raw_length: int, name: str) -> bytes:
-    if raw_length > _FREE_RAW + _MAX_RATIO * len(stored):
-        raise IndexFormatError(f"section {name} claims {raw_length} bytes from {len(stored)}: too many to believe")
     decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_filters(raw_length))
     try:
         raw = decoder.decompress(stored, max_length=raw_length + 1)
@@ -99,28 +98,30 @@ def _decompress(stored: bytes, raw_length: int, name: str) -> bytes:
 
 
 def _compress(raw: bytes) -> tuple[int, bytes]:
-    """(codec, stored bytes): whichever is shorter, and always within what `_decompress` accepts."""
+    """(codec, stored bytes): whichever is shorter."""
     packed = lzma.compress(raw, lzma.FORMAT_RAW, filters=_filters(len(raw)))
-    if len(packed) >= len(raw) or len(raw) > _FREE_RAW + _MAX_RATIO * len(packed):
-        return STORED, raw
-    return LZMA2, packed
+    return (LZMA2, packed) if len(packed) < len(raw) else (STORED, raw)
 
 
 def pack(sections: list[tuple[bytes, int, bytes]]) -> bytes:
-    """The file made of `sections`: (four-byte tag, flags, raw bytes), in this order."""
-    rows, bodies = [], []
-    offset = _HEADER.size + _ROW.size * len(sections)
-    for tag, flags, raw in sections:
-        codec, stored = _compress(raw)
-        rows.append(_ROW.pack(tag, flags, codec, offset, len(stored), len(raw), sha256(stored).digest()))
-        bodies.append(stored)
+    """The file made of `sections`: (four-byte tag, flags, raw bytes), in this order, and padding if need be."""
+    parts = [(tag, flags, len(raw), *_compress(raw)) for tag, flags, raw in sections]
+    total = _HEADER.size + _TRAILER.size + sum(_ROW.size + len(stored) for *_, stored in parts)
+    excess = sum(len(raw) for *_, raw in sections) - _FREE_RAW - _MAX_RATIO * total
+    if excess > 0:
+        padding = bytes(excess // (_MAX_RATIO - 1) + 1)
+        parts.append((_PADDING, 0, len(padding), STORED, padding))
+        total += _ROW.size + len(padding)
+    rows = []
+    offset = _HEADER.size + _ROW.size * len(parts)
+    for tag, flags, length, codec, stored in parts:
+        rows.append(_ROW.pack(tag, flags, codec, offset, len(stored), length, sha256(stored).digest()))
         offset += len(stored)
     table = b"".join(rows)
-    total = offset + _TRAILER.size
     if total > MAX_FILE:
         raise IndexFormatError(f"the index would be {total} bytes long, at most {MAX_FILE} are allowed")
-    header = _HEADER.pack(MAGIC, MAJOR, MINOR, len(sections), total, bytes(8), sha256(table).digest())
-    return b"".join([header, table, *bodies, _TRAILER.pack(total, END_MAGIC)])
+    header = _HEADER.pack(MAGIC, MAJOR, MINOR, len(parts), total, bytes(8), sha256(table).digest())
+    return b"".join([header, table, *(stored for *_, stored in parts), _TRAILER.pack(total, END_MAGIC)])
 
 
 def locate(view: memoryview) -> tuple[int, int]:
@@ -170,6 +171,8 @@ def parse(view: memoryview, known: frozenset[bytes]) -> Container:
             raise IndexFormatError(f"the index has a section {name} that a reader must know: update clip-shim")
         end += section.length
         sections[section.tag] = section
+    if sum(section.raw_length for section in sections.values()) > _FREE_RAW + _MAX_RATIO * total:
+        raise IndexFormatError("the index claims to expand more than a reader believes")
     if end != total - _TRAILER.size:
         raise IndexFormatError("the section table is damaged: it does not cover the file")
     return Container(part, sections, minor)

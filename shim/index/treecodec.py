@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from shim.errors import IndexFormatError
 from shim.index.columns import join, pack, split, unpack, unzigzag, zigzag
 from shim.index.model import BLOCK, Extent, Node, Tree
-from shim.index.validate import MAX_ENTRIES, MAX_EXTENTS, MAX_PATH, MAX_XATTRS
+from shim.index.validate import DEVICES, FILE_TYPE, MAX_ENTRIES, MAX_EXTENTS, MAX_PATH, MAX_XATTRS
 
 MAX_RAW = 128 << 20  # of the section
 BYTE_COLUMNS = ("names", "xattr_bytes", "size_low", "targets")
@@ -67,11 +67,12 @@ class _Encoder:
         key = (node.mode, node.uid, node.gid, self._xattrs(node))
         self.numbers["inodes"].append(1 + self._classes.setdefault(key, len(self._classes)))
         self._mtime(node.mtime)
-        if stat.S_ISREG(node.mode):
+        kind = node.mode & FILE_TYPE
+        if kind == stat.S_IFREG:
             self._file(node)
-        elif stat.S_ISLNK(node.mode):
+        elif kind == stat.S_IFLNK:
             self.blobs["targets"] += node.target + b"\0"
-        elif stat.S_ISCHR(node.mode) or stat.S_ISBLK(node.mode):
+        elif kind in DEVICES:
             self.numbers["rdevs"].extend(node.rdev)
 
     def _xattrs(self, node: Node) -> int:
@@ -190,7 +191,7 @@ class _Decoder:
         if targets.pop() != b"":
             raise IndexFormatError("the tree is damaged: a symlink target is cut off")
         self._targets = iter(targets)
-        self._blocks = self._number_list("header_blocks")
+        self._blocks = unpack(self._raw["header_blocks"], layers)
         if len(self.inodes) != len(self.names) or len(self._blocks) != layers:
             raise IndexFormatError("the tree is damaged: its columns differ in length")
         self._ends = [0] * layers
@@ -227,17 +228,18 @@ class _Decoder:
         """The next inode, of class `number`, counted from 1."""
         mode, uid, gid, xattrs = self.classes[number - 1] if number else self.classes[len(self.classes)]
         node = Node(mode, uid, gid, self._mtime(), xattrs=xattrs)
-        if stat.S_ISREG(mode):
+        kind = mode & FILE_TYPE
+        if kind == stat.S_IFREG:
             node.size = next(self._size_low) | next(self._size_high) << 8
             if node.size:
                 node.extents = self._extents(node.size)
-        elif stat.S_ISDIR(mode):
+        elif kind == stat.S_IFDIR:
             node.children = {}
             node.nlink = 2
-        elif stat.S_ISLNK(mode):
+        elif kind == stat.S_IFLNK:
             node.target = next(self._targets)
             node.size = len(node.target)
-        elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        elif kind in DEVICES:
             node.rdev = (next(self._rdevs), next(self._rdevs))
         return node
 

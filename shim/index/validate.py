@@ -33,6 +33,8 @@ MAX_ID = (1 << 32) - 2  # 2**32 - 1 means "no change" to chown(2)
 MAX_XATTR_NAME = 255
 MAX_XATTR_VALUE = 65535  # EROFS has 16 bits for it, one byte less than Linux' XATTR_SIZE_MAX
 MAX_XATTRS_SIZE = ((1 << 16) - 1) * 4  # an EROFS inode counts its inline xattrs in 16 bits, in units of 4 bytes
+FILE_TYPE = 0o170000  # S_IFMT; stat.S_ISREG and its like overflow on hostile modes
+DEVICES = (stat.S_IFCHR, stat.S_IFBLK)
 _XATTRS_HEADER = 12
 _XATTR_HEADER = 4
 _NS = 10**9
@@ -47,7 +49,6 @@ _OVERLAY = (
     b"user.overlay.",
 )  # overlayfs takes orders from these; the kernel's prefixes end in a dot
 _TYPES = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK})
-_DEVICES = (stat.S_IFCHR, stat.S_IFBLK)
 _DOTS = (b"", b".", b"..")
 
 
@@ -193,26 +194,27 @@ class _TreeCheck:
         self._attributes.add(attributes)
         if not problem and not -(1 << 63) * _NS <= node.mtime < (1 << 63) * _NS:
             problem = "its time does not fit 64 bits of seconds"
-        if stat.S_ISREG(node.mode):
+        kind = node.mode & FILE_TYPE
+        if kind == stat.S_IFREG:
             problem = problem or self._file_problem(node)
         elif node.extents or node.size != len(node.target):
             problem = problem or "data or size where there can be none"
-        if stat.S_ISLNK(node.mode):
+        if kind == stat.S_IFLNK:
             if not 1 <= len(node.target) <= MAX_TARGET or b"\0" in node.target:
                 problem = problem or "a symlink target that is empty, too long or has a NUL"
         elif node.target:
             problem = problem or "a symlink target where there can be none"
         if node.rdev != (0, 0) and (
-            stat.S_IFMT(node.mode) not in _DEVICES or not (0 <= node.rdev[0] < 1 << 12 and 0 <= node.rdev[1] < 1 << 20)
+            kind not in DEVICES or not (0 <= node.rdev[0] < 1 << 12 and 0 <= node.rdev[1] < 1 << 20)
         ):
             problem = problem or f"an impossible device number {node.rdev}"
-        if (node.children is not None) != stat.S_ISDIR(node.mode):
+        if (node.children is not None) != (kind == stat.S_IFDIR):
             problem = problem or "entries and type contradict each other"
         if problem:
             raise IndexFormatError(f"{_show(base, name)}: {problem}")
 
     def _attributes_problem(self, node: Node) -> str:
-        if not 0 <= node.mode <= 0o177777 or stat.S_IFMT(node.mode) not in _TYPES:
+        if not 0 <= node.mode <= 0o177777 or node.mode & FILE_TYPE not in _TYPES:
             return f"an impossible mode {node.mode:#o}"
         if not (0 <= node.uid <= MAX_ID and 0 <= node.gid <= MAX_ID):
             return f"an impossible owner {node.uid}:{node.gid}"

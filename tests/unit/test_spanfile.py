@@ -1,0 +1,142 @@
+"""The mapped span file says what the table in memory says, and notices damage."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from shim.errors import CacheError, IndexFormatError
+from shim.index.model import Compression, Layer, Restart, Spans
+from shim.index.spanfile import SpanFile, write_span_file
+from tests.support.indexes import digest, sample_layers, spans, window
+
+
+def _large(points: int) -> Layer:
+    rows = [(0, 0, 0, Restart.STREAM, b"")]
+    rows += [(i << 21, i << 19, i % 8, Restart.DEFLATE, window(i, 200)) for i in range(1, points)]
+    table = spans(points << 19, points << 21, rows)
+    return Layer(digest("x"), digest("y"), points << 19, points << 21, "a/b", Compression.GZIP, table)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_says_what_the_table_says(tmp_path: Path, number: int) -> None:
+    layer = sample_layers()[number]
+    write_span_file(tmp_path / "spans", layer)
+    table: Spans = layer.spans
+    with SpanFile(tmp_path / "spans") as mapped:
+        same: Spans = mapped
+        assert same.count == table.count
+        assert (mapped.size, mapped.uncompressed_size) == (layer.size, layer.uncompressed_size)
+        assert (mapped.blob_digest, mapped.diff_id) == (layer.digest, layer.diff_id)
+        assert mapped.compression is layer.compression
+        assert same.table_digest() == table.table_digest()
+        for i in range(table.count + 1):
+            assert (same.ustart(i), same.cstart(i)) == (table.ustart(i), table.cstart(i))
+        for i in range(table.count):
+            assert (same.kind(i), same.bit(i), same.digest(i)) == (table.kind(i), table.bit(i), table.digest(i))
+            assert same.window(i) == table.window(i)
+            assert (same.restart(i), same.run_end(i)) == (table.restart(i), table.run_end(i))
+            for offset in (table.ustart(i), table.ustart(i + 1) - 1):
+                assert same.find(offset) == table.find(offset) == i
+
+
+def test_invalid_layer_is_not_written(tmp_path: Path) -> None:
+    layer = sample_layers()[0]
+    layer.spans.kinds[0] = Restart.CONTINUE
+    with pytest.raises(IndexFormatError, match="no start of a stream"):
+        write_span_file(tmp_path / "spans", layer)
+    assert os.listdir(tmp_path) == []
+
+
+def test_write_failure_is_a_cache_error(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="cannot write span file"):
+        write_span_file(tmp_path / "none" / "spans", sample_layers()[0])
+
+
+def test_absent_or_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="cannot map"):
+        SpanFile(tmp_path / "none")
+    with pytest.raises(CacheError, match="cannot map"):
+        SpanFile(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(CacheError, match="damaged"):
+        SpanFile(tmp_path / "fifo")
+
+
+def test_every_torn_or_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    layer = sample_layers()[0]
+    path = tmp_path / "spans"
+    write_span_file(path, layer)
+    good = path.read_bytes()
+    for length in range(0, len(good), 13):
+        path.write_bytes(good[:length])
+        with pytest.raises(CacheError, match="damaged"):
+            SpanFile(path)
+    path.write_bytes(good + b"\0")
+    with pytest.raises(CacheError, match="damaged"):
+        SpanFile(path)
+    opened = 0  # the table is whole, so a window is not
+
+    def read_all() -> None:
+        nonlocal opened
+        with SpanFile(path) as mapped:
+            opened += 1
+            for i in range(mapped.count):
+                mapped.window(i)
+
+    read_all()
+    for at in range(0, len(good), 7):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :])
+        with pytest.raises(CacheError, match="damaged"):
+            read_all()
+    assert opened > 10
+
+
+def test_closed(tmp_path: Path) -> None:
+    write_span_file(tmp_path / "spans", sample_layers()[0])
+    mapped = SpanFile(tmp_path / "spans")
+    mapped.close()
+    mapped.close()
+    with pytest.raises(ValueError, match="released"):
+        mapped.ustart(0)
+
+
+def test_windows_stay_on_disk(tmp_path: Path) -> None:
+    """5,000 points (10 GiB of layer), 20 MB of file: opening and one look cost a process next to nothing."""
+    write_span_file(tmp_path / "spans", _large(5000))
+    assert (tmp_path / "spans").stat().st_size > 10 << 20
+    code = (
+        "import resource, sys\nfrom shim.index.spanfile import SpanFile\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "spans = SpanFile(sys.argv[1])\n"
+        "assert len(spans.window(spans.find(5 << 30))) == 32768\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "spans")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 3072  # KiB
+
+
+def test_threads_share_one(tmp_path: Path) -> None:
+    layer = _large(64)
+    write_span_file(tmp_path / "spans", layer)
+    expected = [hashlib.sha256(layer.spans.window(i)).digest() for i in range(64)]
+    wrong: list[int] = []
+    with SpanFile(tmp_path / "spans") as mapped:
+
+        def read() -> None:
+            got = [hashlib.sha256(mapped.window(mapped.find(i << 21))).digest() for i in range(64)]
+            wrong.extend(i for i in range(64) if got[i] != expected[i])
+
+        threads = [threading.Thread(target=read) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
