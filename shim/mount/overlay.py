@@ -60,6 +60,11 @@ class Layers:
         return [self.upper, *self.lowers] if self.upper else list(self.lowers)
 
     @property
+    def writable(self) -> bool:
+        """Whether something can be made in the merged root."""
+        return bool(self.upper) and not self.attributes & _ATTRIBUTES[b"ro"]
+
+    @property
     def volatile(self) -> bool:
         return ("volatile", None) in self.options
 
@@ -198,7 +203,8 @@ def build(layers: Layers, source: bytes, staging: bytes) -> int:
     try:
         return _build_by_context(layers, source)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+        unknown_key = error.errno == errno.EINVAL and (error.strerror or "").startswith("fsconfig lowerdir+")
+        if not unknown_key and error.errno != errno.ENOSYS:
             raise _explain(error, layers) from error
         try:
             return build_by_mount(layers, source, staging)
@@ -236,19 +242,25 @@ def build_by_mount(layers: Layers, source: bytes, staging: bytes) -> int:
             raise MountError(f"the overlay's options take {len(data)} bytes, mount(2) reads {_PAGE_MAX}")
         os.chdir("/proc/self/fd")
         try:
-            syscalls.mount(source, staging, "overlay", 0, data)
+            syscalls.mount(source, staging, "overlay", _mount_flags(layers.attributes), data)
         finally:
             os.chdir(here)
         try:
-            mount_fd = syscalls.open_tree(staging, syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC)
+            return syscalls.open_tree(staging, syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC)
         finally:
             syscalls.umount2(staging, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
-        if layers.attributes:
-            syscalls.mount_setattr(mount_fd, attr_set=layers.attributes)
-        return mount_fd
     finally:
         names.close()
         os.close(here)
+
+
+def _mount_flags(attributes: int) -> int:
+    """MOUNT_ATTR_* as mount(2)'s MS_*: equal but for the access times (include/uapi/linux/mount.h)."""
+    flags = attributes & 0xF
+    for attribute, flag in ((0x10, 1 << 10), (0x80, 1 << 11)):
+        if attributes & attribute:
+            flags |= flag
+    return flags
 
 
 def _as_text(name: str, value: bytes | None) -> bytes:

@@ -163,7 +163,7 @@ class Creation:
         )
         mount_fd = self._build(merged, index)
         try:
-            check_root(mount_fd, answer, engine.all, writable=bool(engine.upper))
+            check_root(mount_fd, answer, engine.all, writable=engine.writable)
             self._record.save(state)
             self._replace(mount_fd, path)
         finally:
@@ -237,7 +237,7 @@ class Creation:
     def _check(self, path: bytes, answer: dict[str, Any], engine: Layers) -> None:
         root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            check_root(root, answer, engine.all, writable=bool(engine.upper))
+            check_root(root, answer, engine.all, writable=engine.writable)
         finally:
             os.close(root)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -447,6 +448,19 @@ def test_log_that_cannot_be_written(box: Box) -> None:
     done = box.run(box.bundle("b", ":"))
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
+
+
+def test_from_the_command_line(box: Box) -> None:
+    """`clip-shim run …` is the same wrapper, only slower; its hook runs without the launcher."""
+    place = box.bundle("b", "cat /data/file; exit 5")
+    before = (place / "config.json").read_bytes()
+    environ = os.environ | {"CLIP_SHIM_RUN_DIR": str(box.run_dir), "CLIP_SHIM_STATE_DIR": str(box.state_dir)}
+    line = [sys.executable, "-m", "shim", "--root", str(box.root), "run", "--bundle", str(place), "c"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environ, check=False)
+    assert (done.returncode, done.stdout) == (5, "of the image"), done.stderr
+    assert box.mounts() == []
+    assert box.leftovers() == []
+    assert (place / "config.json").read_bytes() == before
 
 
 # --- IDs and concurrency ---

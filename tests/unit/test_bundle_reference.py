@@ -266,3 +266,17 @@ def test_marker_that_is_no_file(tmp_path: Path, kind: str) -> None:
         make_odd(path, kind)
     with pytest.raises(TrustError):
         find_marker([lower])
+
+
+def test_podman_is_no_pod(tmp_path: Path, trusted: Path) -> None:
+    """podman writes some of CRI-O's keys on all its containers, and root alone sets the others."""
+    annotations = {
+        "io.container.manager": "libpod",
+        "io.kubernetes.cri-o.Created": "2026-01-02T03:04:05Z",
+        "io.kubernetes.cri-o.TTY": "false",
+        "io.clip.index": f"{trusted}/a.clip",
+    }
+    assert read(find(bundle(tmp_path, annotations), config(tmp_path, *ALL), none)) == b"index a"
+    # saying so does not make a pod's container podman's
+    with pytest.raises(TrustError, match="never taken"):
+        find(bundle(tmp_path, CRI | annotations), config(tmp_path, *ALL), none)
