@@ -272,7 +272,7 @@ def trees(draw: st.DrawFn) -> Tree:
     return tree
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(trees())
 def test_any_tree_survives(tree: Tree) -> None:
     index = sample()

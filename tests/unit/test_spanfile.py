@@ -90,6 +90,7 @@ def test_every_torn_or_flipped_byte_is_noticed(tmp_path: Path) -> None:
             for i in range(mapped.count):
                 mapped.window(i)
 
+    path.write_bytes(good)
     read_all()
     for at in range(0, len(good), 7):
         path.write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :])
