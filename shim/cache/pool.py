@@ -54,11 +54,7 @@ class Workers:
                 return False
             queue = self._queues.setdefault(key, _Queue())
             (queue.urgent if urgent else queue.later).append(job)
-            if self._idle:
-                self._wake.notify()
-            elif self._may_start():
-                self._count += 1
-                threading.Thread(target=self._work, name=f"{self._name}-{self._count}", daemon=True).start()
+            self._call_worker()
             return True
 
     def close(self) -> None:
@@ -68,8 +64,16 @@ class Workers:
             self._queues.clear()
             self._wake.notify_all()
 
-    def _may_start(self) -> bool:
-        return any(self._startable(queue) for queue in self._queues.values())
+    def _call_worker(self) -> None:
+        """Wake or start one thread, if there is a job that may begin. Whoever takes a job calls again: two jobs that
+        came while one idle thread was waking up need two threads."""
+        if self._next() is None:
+            return
+        if self._idle:
+            self._wake.notify()
+        else:
+            self._count += 1
+            threading.Thread(target=self._work, name=f"{self._name}-{self._count}", daemon=True).start()
 
     def _startable(self, queue: _Queue) -> bool:
         if not queue:
@@ -77,11 +81,7 @@ class Workers:
         return self._running < self._threads or (not queue.running and self._running < self._threads + self._extra)
 
     def _next(self) -> tuple[Hashable, _Queue] | None:
-        for key, queue in self._queues.items():
-            if self._startable(queue):
-                self._queues.move_to_end(key)
-                return key, queue
-        return None
+        return next(((key, queue) for key, queue in self._queues.items() if self._startable(queue)), None)
 
     def _work(self) -> None:
         while True:
@@ -95,9 +95,11 @@ class Workers:
                     if not woken and self._next() is None:
                         return
                 key, queue = found
+                self._queues.move_to_end(key)
                 job = queue.pop()
                 queue.running += 1
                 self._running += 1
+                self._call_worker()
             try:
                 job()
             except Exception:  # noqa: BLE001 - a defect in one job must not cost a thread

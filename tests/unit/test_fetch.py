@@ -384,6 +384,22 @@ def test_a_reader_of_another_layer_is_never_kept_waiting_by_a_stalled_one() -> N
     pool.close()
 
 
+def test_jobs_that_come_together_all_get_threads() -> None:
+    """Also when there is an idle thread that each of them might count on."""
+    for _ in range(50):
+        pool = Workers(4, extra=0)
+        warm = threading.Event()
+        pool.submit("layer", warm.set)
+        assert warm.wait(5)
+        together = threading.Barrier(4)
+        passed = threading.Semaphore(0)
+        for _ in range(4):
+            pool.submit("layer", lambda b=together, p=passed: b.wait(5) >= 0 and p.release())  # type: ignore[misc]
+        for _ in range(4):
+            assert passed.acquire(timeout=5)
+        pool.close()
+
+
 def test_the_pool_keeps_its_number_and_puts_waiting_readers_first() -> None:
     pool = Workers(2, extra=0)
     gate, order, running, most = threading.Event(), [], [0], [0]

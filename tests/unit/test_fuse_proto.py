@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 import signal
-import struct
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from shim import log
 from shim.errors import DaemonError
 from shim.fuse import proto
+from shim.fuse.blob import Done
 from shim.fuse.journal import FIRST_NODE, Journal
 from shim.fuse.requests import kill_pending
+from shim.fuse.server import BlobServer
 
 OFFERED = proto.ASYNC_READ | proto.PARALLEL_DIROPS | proto.MAX_PAGES | proto.INIT_EXT | 1 << 3 | 1 << 17
 
@@ -154,7 +160,92 @@ def test_only_a_pending_sigkill_counts() -> None:
     assert not kill_pending(0)
 
 
-def test_short_structures_are_an_error_of_struct() -> None:
-    """The reader answers EINVAL to it."""
-    with pytest.raises(struct.error):
-        proto.RELEASE_IN.unpack_from(b"1234")
+@pytest.fixture
+def kernel(tmp_path: Path) -> Iterator[tuple[socket.socket, BlobServer]]:
+    """A server whose "kernel" is the other end of a socket pair, which may send what it likes."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(10)
+    server = BlobServer(theirs.fileno(), None, Journal(tmp_path / "j", fresh=True), read_deadline=5)
+    server.start()
+    yield ours, server
+    server.stop()
+    ours.close()
+    theirs.close()
+
+
+def request(opcode: int, unique: int, body: bytes = b"", node: int = proto.ROOT_ID) -> bytes:
+    return proto.IN_HEADER.pack(proto.IN_HEADER.size + len(body), opcode, unique, node, 0, 0, 0, 0, 0) + body
+
+
+def test_requests_that_make_no_sense_are_answered_and_end_nothing(
+    kernel: tuple[socket.socket, BlobServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, server = kernel
+    lines: list[str] = []
+    for level in ("error", "exception"):
+        monkeypatch.setattr(log, level, lambda event, **_: lines.append(event))
+    ours.send(request(proto.INIT, 2, bytes(init_body())))
+    assert len(ours.recv(4096)) == proto.OUT_HEADER.size + proto.INIT_OUT.size
+    assert server.init is not None
+    ours.send(b"short")  # no header: nobody to answer
+    rng = random.Random(7)
+    unanswered = (proto.FORGET, proto.BATCH_FORGET, proto.INTERRUPT)
+    opcodes = [*range(60), 4096, 1 << 20, (1 << 32) - 1]
+    for unique, opcode in enumerate(opcodes * 3, start=10):
+        ours.send(
+            request(opcode, unique, rng.randbytes(rng.choice((0, 1, 7, 39, 300))), rng.choice((0, 1, 16, 1 << 63)))
+        )
+        if opcode not in unanswered:
+            length, error, answered = proto.OUT_HEADER.unpack_from(answer := ours.recv(1 << 20))
+            assert answered == unique
+            assert length == len(answer)
+            assert -134 <= error <= 0
+    ours.send(request(proto.LOOKUP, 5, b"nothing\0"))
+    assert proto.OUT_HEADER.unpack(ours.recv(4096)) == (16, -errno.ENOENT, 5)
+    ours.send(request(51, 6))
+    assert proto.OUT_HEADER.unpack(ours.recv(4096)) == (16, -errno.ENOSYS, 6)
+    ours.send(request(proto.RELEASE, 8, b"1234"))
+    assert proto.OUT_HEADER.unpack(ours.recv(4096)) == (16, -errno.EINVAL, 8)
+    assert set(lines) <= {"cannot serve this kernel"}
+
+
+class BrokenBlob:
+    """A blob whose methods raise what they must not."""
+
+    node_id, name, size, data_fd, epoch = FIRST_NODE, b"broken", 1 << 20, -1, 0
+
+    def stamp(self, offset: int, _size: int) -> int:
+        if offset == 0:
+            raise ZeroDivisionError
+        return -1 if offset > 8192 else 0  # 0: read from a descriptor that is none
+
+    def read_cached(self, _offset: int, _size: int) -> bytes | None:
+        return None
+
+    def read_missing(self, offset: int, _size: int, done: Done) -> None:
+        if offset == 16384:
+            raise DaemonError("out of threads")
+        done(b"too short")
+
+    def trouble(self) -> str:
+        return ""
+
+
+def test_a_blob_that_misbehaves_gives_eio(
+    kernel: tuple[socket.socket, BlobServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, server = kernel
+    lines: list[str] = []
+    for level in ("error", "exception"):
+        monkeypatch.setattr(log, level, lambda event, **fields: lines.append(str(fields.get("cause", event))))
+    server.add(BrokenBlob())
+    for unique, offset in enumerate((0, 4096, 12288, 16384)):
+        body = proto.READ_IN.pack(1, offset, 4096, 0) + bytes(16)
+        ours.send(request(proto.READ, unique, body, FIRST_NODE))
+        assert proto.OUT_HEADER.unpack(ours.recv(4096)) == (16, -errno.EIO, unique)
+    assert lines == [
+        "a FUSE request failed",
+        "9 bytes came instead of 4096",
+        "9 bytes came instead of 4096",
+        "out of threads",
+    ]
