@@ -78,7 +78,7 @@ _POOLS = {"http": _HttpPool, "https": _HttpsPool}
 class _Adapter(HTTPAdapter):
     """An adapter whose TLS is the given context and nothing else (requests would add certifi's CAs to it)."""
 
-    def __init__(self, context: ssl.SSLContext, pool_size: int) -> None:
+    def __init__(self, context: ssl.SSLContext | None, pool_size: int) -> None:
         self._context = context
         super().__init__(pool_connections=64, pool_maxsize=pool_size, max_retries=0, pool_block=False)
 
@@ -121,6 +121,9 @@ class Answer:
             raise _late(self._host)
         if not data:
             self.close()
+        elif self._watch is not None and self._raw.length_remaining == 0:
+            # the connection is in the pool again, and soon another request's: no deadline of ours may cut it
+            _watchdog.cancel(self._watch)
         return data
 
     def close(self) -> None:
@@ -136,7 +139,7 @@ class Sessions:
     def __init__(self, pool_size: int, connect_timeout: float, read_timeout: float) -> None:
         self._pool_size = pool_size
         self._timeouts = (connect_timeout, read_timeout)
-        self._adapters: dict[TLS, _Adapter] = {}
+        self._adapters: dict[TLS | None, tuple[list[int], _Adapter]] = {}
         self._lock = threading.Lock()
 
     def send(
@@ -159,26 +162,40 @@ class Sessions:
             )
             # as Go does, loopback never goes through a proxy
             proxies = {} if is_loopback(origin.host) else get_environ_proxies(url)
-            response = self._adapter(tls).send(
+            response = self._adapter(tls if origin.scheme == "https" else None).send(
                 request, stream=True, timeout=(connect, read), verify=not tls.skip_verify, proxies=proxies
             )
         except _ERRORS as error:
             raise _network_error(error, origin.netloc, _call.watch) from None
-        if seconds is None and _call.watch is not None:
-            _watchdog.cancel(_call.watch)
-        return Answer(response, origin.netloc, _call.watch)
+        finally:
+            watch, _call.watch = _call.watch, None
+        if seconds is None and watch is not None:
+            _watchdog.cancel(watch)
+        return Answer(response, origin.netloc, watch)
 
-    def _adapter(self, tls: TLS) -> _Adapter:
+    def _adapter(self, tls: TLS | None) -> _Adapter:
+        """The adapter for a kind of trust (None: plain http), made anew when its files have changed: they rotate."""
+        files = [] if tls is None else [*tls.ca, *(file for pair in tls.client for file in pair if file)]
+        stamps = [_stamp(file) for file in files]
         with self._lock:
-            if tls not in self._adapters:
-                self._adapters[tls] = _Adapter(_context(tls), self._pool_size)
-            return self._adapters[tls]
+            known = self._adapters.get(tls)
+            if known is None or known[0] != stamps:
+                known = (stamps, _Adapter(None if tls is None else _context(tls), self._pool_size))
+                self._adapters[tls] = known
+            return known[1]
 
     def close(self) -> None:
         with self._lock:
-            for adapter in self._adapters.values():
+            for _, adapter in self._adapters.values():
                 adapter.close()
             self._adapters.clear()
+
+
+def _stamp(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0  # loading it says why
 
 
 def _context(tls: TLS) -> ssl.SSLContext:

@@ -40,6 +40,7 @@ class _Grant:
     expires: float | None = None  # on hooks.clock; None: does not expire
     anonymous: bool = True
     source: str = ""
+    sent: list[str] = field(default_factory=list, repr=False)  # the latest secrets, to know them when they come back
 
 
 class Authenticator:
@@ -93,6 +94,7 @@ class Authenticator:
                 grant.expires = None
             else:
                 grant.header, grant.expires = self._bearer(chosen, credentials, repository, actions, deadline)
+            grant.sent = [*grant.sent, *(grant.header or "").split(" ")[1:]][-4:]
             return grant.header if grant.header != rejected else None
         finally:
             grant.lock.release()
@@ -111,8 +113,7 @@ class Authenticator:
 
     def secrets(self, repository: str, actions: str = "pull") -> tuple[str, ...]:
         """Texts that must not be repeated from this host's answers."""
-        header = self._grant(repository, actions).header or ""
-        return tuple(part for part in header.split(" ")[1:] if part)
+        return tuple(self._grant(repository, actions).sent)
 
     def _grant(self, repository: str, actions: str) -> _Grant:
         with self._lock:

@@ -147,15 +147,12 @@ class RegistryClient:
         if start < 0 or (end is not None and end < start):
             raise ValueError(f"not a range: [{start}, {end})")
         what = f"blob {digest} of {ref.name}"
-        headers: tuple[tuple[str, str], ...] = ()
-        if start or end is not None:
-            headers = (("Range", f"bytes={start}-{'' if end is None else end - 1}"),)
 
         def open_at(position: int, stop: int | None, limit: float | None) -> tuple[Endpoint, Response]:
-            ranged = headers
+            headers: tuple[tuple[str, str], ...] = ()
             if position or stop is not None:
-                ranged = (("Range", f"bytes={position}-{'' if stop is None else stop - 1}"),)
-            call = Call("GET", ref.repository, f"blobs/{digest}", "blob", ranged, memo=digest)
+                headers = (("Range", f"bytes={position}-{'' if stop is None else stop - 1}"),)
+            call = Call("GET", ref.repository, f"blobs/{digest}", "blob", headers, memo=digest)
 
             def read(endpoint: Endpoint, until: float | None) -> Response:
                 response = endpoint.request(call, until)

@@ -245,4 +245,6 @@ def redact(text: str) -> str:
     line = " ".join("".join(c if c.isprintable() else " " for c in text[:2000]).split())
     line = re.sub(r"(?i)\b(bearer|basic|token)\s+[A-Za-z0-9+/=._~-]{8,}", r"\1 ***", line)
     line = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1?***", line)
+    # whatever else is long and no digest: a part of a token, perhaps
+    line = re.sub(r"(?<![A-Za-z0-9+=_~.-])(?![0-9a-f]{64}\b)[A-Za-z0-9+=_~.-]{40,}", "***", line)
     return line if len(line) <= 200 else line[:197] + "..."

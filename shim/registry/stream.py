@@ -25,7 +25,7 @@ STALL_BYTES = 16 << 10  # fewer bytes than this in STALL_SECONDS: the connection
 CORRUPT_SECONDS = 600.0
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/(?:([0-9]{1,18})|\*)\s*\Z")
 
-# (first byte, one past the last or None, deadline, Response consumer) -> what the consumer made of it
+# (first byte, one past the last or None, deadline) -> an answer for that range, and who gave it
 OpenAt = Callable[[int, int | None, float | None], tuple["Endpoint", Response]]
 
 
@@ -61,7 +61,7 @@ class BlobStream:
         self._open_ended = end is None
         self._chunks: Iterator[bytes] = iter(())
         if end is None or start < end:
-            self._connect()
+            self._endpoint, self._response = open_at(start, end, deadline)
             self._chunks = self._run()
 
     @property
@@ -100,8 +100,9 @@ class BlobStream:
             began = self.position
             try:
                 if self._response is None:
-                    self._connect()
-                yield from self._body()
+                    self._endpoint, self._response = self._open_at(self.position, self._end, self._deadline)
+                self._accept(self._response)
+                yield from self._body(self._response)
                 return
             except RegistryError as error:
                 self._drop()
@@ -113,13 +114,12 @@ class BlobStream:
                 if not pause(self._policy, self._hooks, failures, error, self._deadline):
                     raise
 
-    def _body(self) -> Iterator[bytes]:
+    def _body(self, response: Response) -> Iterator[bytes]:
         """Hand on what the open response holds, up to the end. Raises RegistryError (retryable) when it ends early."""
-        assert self._response is not None
         window, seen = self._hooks.clock(), 0
         while self._end is None or self.position < self._end:
             want = CHUNK if self._end is None else min(CHUNK, self._end - self.position)
-            data = self._response.read_some(want)
+            data = response.read_some(want)
             if not data:
                 if self._end is None:
                     break  # a body of unknown length ends where it ends
@@ -145,10 +145,6 @@ class BlobStream:
         if self._response is not None:
             self._response.close()
             self._response = None
-
-    def _connect(self) -> None:
-        self._endpoint, self._response = self._open_at(self.position, self._end, self._deadline)
-        self._accept(self._response)
 
     def _accept(self, response: Response) -> None:
         """Bring `response` to our position. What it says about the range was checked by `check_range`."""

@@ -32,15 +32,21 @@ class Watchdog:
         self._wake = threading.Condition()
         self._heap: list[Watch] = []
         self._order = itertools.count()
-        self._pid = 0
+        self._running = False
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        """In a forked child: the thread is gone, its lock may be held for ever, the sockets are the parent's."""
+        self._wake = threading.Condition()
+        self._heap = []
+        self._running = False
 
     def add(self, sock: socket.socket, seconds: float) -> Watch:
         """Shut `sock` down after `seconds` unless `cancel` comes first."""
         watch = Watch(time.monotonic() + max(0.0, seconds), next(self._order), sock)
         with self._wake:
-            if self._pid != os.getpid():  # first use, or first use in a forked child: threads do not survive fork
-                self._pid = os.getpid()
-                self._heap.clear()
+            if not self._running:
+                self._running = True
                 threading.Thread(target=self._run, name="registry-watchdog", daemon=True).start()
             heapq.heappush(self._heap, watch)
             if self._heap[0] is watch:

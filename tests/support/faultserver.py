@@ -327,13 +327,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 wrong = bytearray(chunk)
                 wrong[fault.corrupt_at - done] ^= 0x40
                 chunk = bytes(wrong)
-            self.connection.sendall(chunk)
             done += len(chunk)
-            self.owner.sent(len(chunk))
-            if fault.drip:
-                self._wait(fault.drip[1])
             if self.owner.bandwidth:
                 self._wait(began + done / (self.owner.bandwidth * 1e6) - time.monotonic())
+            self.owner.sent(len(chunk))  # before: the client may look as soon as it has them
+            self.connection.sendall(chunk)
+            if fault.drip:
+                self._wait(fault.drip[1])
         if not stops or min(stops) > size:
             return
         if fault.hang_at is not None and fault.hang_at == stop:

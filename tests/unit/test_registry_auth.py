@@ -20,6 +20,7 @@ from shim.errors import AuthError, RegistryError, ShimError
 from shim.registry import helper
 from shim.registry.challenge import Challenge, parse_challenges
 from shim.registry.credentials import Credentials, CredentialStore
+from shim.registry.endpoint import redact
 from shim.registry.ref import ImageRef
 from tests.support.faultserver import FaultServer
 from tests.support.registry import PASSWORD, USER, Registry, TokenServer, World, gzip_of, make_client, sha256, tar_of
@@ -256,6 +257,7 @@ def test_where_tokens_may_be_asked_for(tmp_path: Path, tmp_path_factory: pytest.
         "https://localhost:8080/token",
         "https://[::ffff:127.0.0.1]/x",
         "https://user:pw@auth.example.com/token",
+        "https://user@auth.example.com/token",
         "file:///etc/passwd",
         "",
         "https://",
@@ -283,6 +285,17 @@ def test_helpers(tmp_path: Path, locked: Registry, monkeypatch: pytest.MonkeyPat
         assert client.resolve(ref).layers
         client.check_access(ref, sha256(LAYER))
     assert log.read_text() == f"{locked.host} get\n" * 2, "asked once for each client, not for each request"
+    world = World()
+    store = CredentialStore({"HOME": str(tmp_path)}, hooks=world)
+    for _ in range(3):
+        assert store.lookup("r.io", "x") is None
+        assert store.lookup(locked.host, "x") is not None
+    assert len(log.read_text().splitlines()) == 3
+    world.extra = 301.0
+    store.lookup(locked.host, "x")
+    store.forget(locked.host)
+    store.lookup(locked.host, "x")
+    assert len(log.read_text().splitlines()) == 5
 
 
 @pytest.mark.parametrize(
@@ -416,7 +429,7 @@ def test_nothing_secret_is_shown(
         client.check_access(ref, sha256(LAYER))
         token = server.requests("HEAD")[-1].headers["authorization"].removeprefix("Bearer ")
         assert server.requests("HEAD")[-1].headers["x-api-key"] == "header-s3cret"
-        echo = json.dumps({"errors": [{"message": f"bad Bearer {token} {token} header-s3cret"}]}).encode()
+        echo = json.dumps({"errors": [{"message": f"header-s3cret {token} bad Bearer {token}"}]}).encode()
         signed = f"{storage.url}/blob?X-Amz-Signature=signed-s3cret"
         for trouble in (
             {"status": 400, "body": echo},
@@ -440,7 +453,7 @@ def test_nothing_secret_is_shown(
         ]
     shown.append(caplog.text)
     assert len(caplog.records) < 1000
-    for secret in (PASSWORD, BASIC, token, "signed-s3cret", "header-s3cret"):
+    for secret in (PASSWORD, BASIC, token[:40], token[-40:], "signed-s3cret", "header-s3cret"):
         for text in shown:
             assert secret not in text
     assert Credentials("u", PASSWORD).source not in (PASSWORD,)
@@ -484,6 +497,15 @@ def test_challenges_are_read_in_linear_time() -> None:
         began = time.process_time()
         assert len(parse_challenges(hostile)) <= 16
         assert time.process_time() - began < 0.5
+
+
+def test_details_keep_what_helps() -> None:
+    kept = f"manifest unknown: sha256:{'a' * 64} of some/repository/with-a/rather-long/name-in-it at r.example.com"
+    assert redact(kept) == kept
+    for secret in ("Bearer abcdefgh1234", "x" * 50, "https://s3/b?X-Amz-Signature=1", "Basic dTpwdzEyMzQ="):
+        assert secret not in redact(f"failed with {secret}, sorry")
+    assert "\n" not in redact("a\nb\x1b[31m")
+    assert len(redact("a b " * 5000)) <= 200
 
 
 def test_helper_output_does_not_reach_our_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

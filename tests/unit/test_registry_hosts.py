@@ -18,6 +18,7 @@ from shim.registry.transport import TLS, is_internal, is_loopback
 from tests.support.faultserver import FaultServer
 from tests.support.registry import Registry, World, gzip_of, make_certificates, make_client, sha256, tar_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 LAYER = gzip_of(tar_of({"x": bytes(range(256)) * 400}))
 
 
@@ -200,6 +201,50 @@ def test_client_certificate(pki: Path, tmp_path: Path) -> None:
             assert make_client(tmp_path, {registry.host: {"ca": ca, "client": client}}).resolve(ref).layers
         with pytest.raises(RegistryError):
             make_client(tmp_path, {registry.host: {"ca": ca}}, hooks=World()).resolve(ref)
+
+
+def test_our_certificate_goes_to_no_other_host(pki: Path, tmp_path: Path) -> None:
+    with Registry(tls=pki, client_ca=pki / "ca.crt") as storage, FaultServer(tls=pki) as server:
+        digest = storage.push_blob("team/app", LAYER)
+        server.faults.add("GET", "blobs", redirect=f"https://{storage.host}/v2/team/app/blobs/{digest}")
+        entry = {"ca": str(pki / "ca.crt"), "client": [str(pki / "client.crt"), str(pki / "client.key")]}
+        client = make_client(tmp_path, {server.host: entry, storage.host: entry}, hooks=World())
+        assert b"".join(client.open_blob(ImageRef.parse(f"{storage.host}/team/app"), digest)) == LAYER
+        with pytest.raises(RegistryError):
+            client.open_blob(ImageRef.parse(f"{server.host}/team/app"), digest)
+        assert server.count() > 0
+
+
+def test_files_that_rotate(pki: Path, tmp_path: Path) -> None:
+    with Registry(tls=pki) as registry:
+        registry.push_image("a", "v1", [LAYER])
+        make_certificates(tmp_path / "other")
+        ca, ref = tmp_path / "ca.pem", ImageRef.parse(registry.ref("a", "v1"))
+        ca.write_bytes((tmp_path / "other" / "ca.crt").read_bytes())
+        client = make_client(tmp_path, {registry.host: {"ca": str(ca)}}, hooks=World())
+        with pytest.raises(RegistryError, match="not trusted"):
+            client.resolve(ref)
+        ca.write_bytes((pki / "ca.crt").read_bytes())
+        assert client.resolve(ref).layers
+
+
+def test_proxies_from_the_environment(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultServer() as proxy:
+        digest = sha256(LAYER)
+        proxy.serve(f"http://registry.example.com/v2/team/app/blobs/{digest}", LAYER)
+        for name in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("http_proxy", proxy.url)
+        table = {"registry.example.com": {"plain_http": True}}
+        ref = ImageRef.parse("registry.example.com/team/app")
+        assert b"".join(make_client(tmp_path, table).open_blob(ref, digest, 3, 9)) == LAYER[3:9]
+        assert proxy.count() == 1
+        assert make_client(tmp_path).resolve(ImageRef.parse(registry.ref("team/app", "v1"))).layers
+        assert proxy.count() == 1, "loopback is reached without the proxy"
+        monkeypatch.setenv("no_proxy", "example.com")
+        with pytest.raises(RegistryError, match=r"registry\.example\.com"):
+            make_client(tmp_path, table, hooks=World()).open_blob(ref, digest)
+        assert proxy.count() == 1
 
 
 def test_files_that_cannot_be_used(pki: Path, tmp_path: Path) -> None:
