@@ -313,6 +313,14 @@ def test_mirror_that_is_down_or_hangs_or_refuses(registry: Registry, tmp_path: P
     assert client.resolve(ref).layers
 
 
+def test_a_mirror_that_hangs_leaves_time_for_the_next(registry: Registry, tmp_path: Path) -> None:
+    with FaultServer(registry.host) as mirror:
+        mirror.faults.add("*", "", hang=True)
+        client = make_client(tmp_path, {registry.host: {"mirrors": [mirror.host]}}, deadline=3.0)
+        assert client.resolve(ImageRef.parse(registry.ref("team/app", "v1"))).layers
+        assert mirror.count() == 1
+
+
 def test_a_mirror_with_wrong_bytes(registry: Registry, tmp_path: Path) -> None:
     with FaultServer(registry.host) as mirror:
         client = make_client(tmp_path, {registry.host: {"mirrors": [mirror.host]}}, hooks=World())
