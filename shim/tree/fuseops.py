@@ -24,6 +24,7 @@ TIMEOUT = 86_400.0  # seconds the kernel may keep names and attributes: the tree
 SUBTYPE = "clip-shim-tree"
 _FILL_DIR_PLUS = 1 << 1  # enum fuse_fill_dir_flags
 _MAX_THREADS = 64  # of libfuse; one waits for each read in progress
+_MAX_BACKGROUND = 4096  # read-ahead requests in flight; at the default of 12 one stalled layer would stop all others
 _BLOCK = 512  # of st_blocks, stat(2)
 
 
@@ -44,7 +45,9 @@ class _TreeFuse(mfusepy.FUSE):  # type: ignore[misc]
 
     operations: TreeOperations
 
-    def init_fuse_3(self, connection: Any, config: Any) -> None:  # noqa: ARG002
+    def init_fuse_3(self, connection: Any, config: Any) -> None:
+        connection.contents.max_background = _MAX_BACKGROUND
+        connection.contents.congestion_threshold = _MAX_BACKGROUND * 3 // 4
         settings = config.contents
         settings.use_ino = 1  # st_ino is ours: equal for hard links
         settings.kernel_cache = 1
@@ -170,7 +173,8 @@ def serve(view: TreeView, reads: KillableReads, target: str, ready: Callable[[],
     options: dict[str, Any] = {"fsname": "clip-shim", "subtype": SUBTYPE, "ro": True, "default_permissions": True}
     options["noexec"] = True
     if (mfusepy.fuse_version_major, mfusepy.fuse_version_minor) >= (3, 12):
-        options["max_threads"] = _MAX_THREADS  # its default of 10 would let ten slow reads stop all others
+        # Its default of 10 would let ten slow reads stop all others.
+        options |= {"max_threads": _MAX_THREADS, "max_idle_threads": 10}
     _TreeFuse(TreeOperations(view, reads, ready), target, foreground=True, **options)
 
 

@@ -38,7 +38,7 @@ class BlobFiles:
 
     @staticmethod
     def _open(directory: str, name: str, layer: Layer) -> int:
-        if name != f"{layer.diff_id.partition(':')[2]}-{layer.spans.table_digest().hex()[:16]}":
+        if not name.startswith(layer.diff_id.partition(":")[2] + "-") or "/" in name:
             raise MountError(f"layer file {name} is not that of layer {layer.diff_id}")
         try:
             fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
