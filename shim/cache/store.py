@@ -36,9 +36,13 @@ class Entry:
     is_open: bool
 
 
-def layer_name(diff_id: str, spans: Spans) -> str:
-    """A layer's directory and blob name. Raises CacheError when `diff_id` is not sha256:<64 hex>."""
-    name = f"{diff_id.removeprefix('sha256:')}-{spans.table_digest().hex()[:16]}"
+def layer_name(diff_id: str, identity: bytes) -> str:
+    """A layer's directory and blob name. Raises CacheError when `diff_id` is not sha256:<64 hex>.
+
+    identity: of the span file: indexes that agree on a diff id but not on how to get it and what it hashes to share
+    nothing, so a false one can neither put its bytes before another's containers nor make their fetches fail.
+    """
+    name = f"{diff_id.removeprefix('sha256:')}-{identity.hex()[:16]}"
     if not _NAME.fullmatch(name):
         raise CacheError(f"{diff_id!r} is no diff id", hint="it must be sha256: and 64 hexadecimal digits")
     return name
@@ -72,9 +76,12 @@ class LayerCache:
         self._flusher = threading.Thread(target=self._flush_loop, name="cache-flush", daemon=True)
         self._flusher.start()
 
-    def layer(self, diff_id: str, spans: Spans) -> CachedLayer:
-        """Open or create a layer's cache. Raises CacheError when it is open already or `diff_id` is malformed."""
-        name = layer_name(diff_id, spans)
+    def layer(self, diff_id: str, spans: Spans, identity: bytes | None = None) -> CachedLayer:
+        """Open or create a layer's cache. Raises CacheError when it is open already or `diff_id` is malformed.
+
+        identity: see layer_name; the table's digest if the spans are in no file.
+        """
+        name = layer_name(diff_id, spans.table_digest() if identity is None else identity)
         with self._lock:
             if name in self._layers:
                 raise CacheError(f"the layer {name} is open already")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,31 +15,40 @@ from shim import log
 from shim.cache.fetch import LazyLayer
 from shim.cache.pool import FetchPool
 from shim.cache.store import LayerCache
-from shim.errors import NotFoundError, RegistryError, ShimError, TrustError
+from shim.errors import IntegrityError, RegistryError, ShimError, TrustError
 from shim.fuse.server import BlobServer
 from shim.index.model import Compression
 from shim.index.spanfile import SpanFile
 from shim.registry.client import RegistryClient
+from shim.registry.credentials import CredentialStore
+from shim.registry.hooks import Hooks
 from shim.registry.ref import ImageRef
+from shim.registry.retry import RetryPolicy
 from shim.settings import Settings
+
+_IMPATIENT_SECONDS = 4.0
 
 
 @dataclass(slots=True)
 class Source:
-    """Where a layer's compressed bytes can be had: an image's repository, and the blob's digest there."""
+    """Where a layer's compressed bytes can be had: an image's repository, and the blob's digest there.
+
+    failed: when it last did (monotonic), 0 for never.
+    """
 
     ref: ImageRef
     digest: str
+    failed: float = 0.0
 
 
 @dataclass(slots=True)
 class ServedLayer:
-    """A blob file. `users`: hexes of the mounted trees over it. `sources`: by tree, tried in turn."""
+    """A blob file. `users`: hexes of the mounted trees over it. `sources`: the repositories of all trees it served."""
 
     lazy: LazyLayer
     spans: SpanFile
     users: set[str] = field(default_factory=set)
-    sources: dict[str, Source] = field(default_factory=dict)
+    sources: list[Source] = field(default_factory=list)
 
 
 class Layers:
@@ -54,7 +64,20 @@ class Layers:
         self._server = server
         self._cache = LayerCache(settings.state_dir / "cache")
         self._pool = FetchPool(settings["fetch.threads"])
-        self._client = RegistryClient(settings["registries"], pool_size=settings["fetch.threads"] * 2)
+        hooks = Hooks()
+        credentials = CredentialStore(hooks=hooks)
+        pool_size = settings["fetch.threads"] * 2
+        self._client = RegistryClient(settings["registries"], hooks=hooks, credentials=credentials, pool_size=pool_size)
+        # for a layer that another repository has too: a host that hangs is left after seconds, not after half a minute
+        self._impatient = RegistryClient(
+            settings["registries"],
+            hooks=hooks,
+            credentials=credentials,
+            policy=RetryPolicy(attempts=1, mirror_attempts=1),
+            pool_size=pool_size,
+            connect_timeout=_IMPATIENT_SECONDS,
+            read_timeout=_IMPATIENT_SECONDS,
+        )
         self._lock = threading.Lock()
         self._served: dict[str, ServedLayer] = {}
 
@@ -81,10 +104,11 @@ class Layers:
                 spans = SpanFile(span_path)
                 served = self._served[name] = self._serve(name, layer, spans, source)
             served.users.add(tree)
-            served.sources[tree] = source
+            if not any((known.ref, known.digest) == (source.ref, source.digest) for known in served.sources):
+                served.sources.append(source)
 
     def _serve(self, name: str, layer: dict[str, Any], spans: SpanFile, source: Source) -> ServedLayer:
-        cached = self._cache.layer(layer["diff_id"], spans)
+        cached = self._cache.layer(layer["diff_id"], spans, spans.identity)
 
         @contextmanager
         def open_range(start: int, end: int) -> Iterator[Iterator[bytes]]:
@@ -107,20 +131,29 @@ class Layers:
 
     @contextmanager
     def _open(self, name: str, start: int, end: int) -> Iterator[Iterator[bytes]]:
-        """Compressed bytes of a layer from the first of its sources that has it."""
+        """Compressed bytes of a layer from the first of its sources that has it; one that failed lately comes last."""
         with self._lock:
             served = self._served.get(name)
-            sources = list({(str(s.ref), s.digest): s for s in served.sources.values()}.values()) if served else []
+            sources = sorted(served.sources, key=lambda source: source.failed) if served else []
         trouble: ShimError = RegistryError(f"nobody knows where layer {name[:12]} is")
         for source in sources:
+            client = self._client if source is sources[-1] else self._impatient
             try:
-                stream = self._client.open_blob(source.ref, source.digest, start, end)
+                stream = client.open_blob(source.ref, source.digest, start, end)
                 stream.__enter__()
-            except (NotFoundError, RegistryError) as error:
+            except (RegistryError, IntegrityError) as error:
+                source.failed = time.monotonic()
                 trouble = error
                 continue
             try:
                 yield iter(stream)
+            except IntegrityError:
+                stream.report_corrupt()
+                source.failed = time.monotonic()
+                raise
+            except RegistryError:
+                source.failed = time.monotonic()
+                raise
             finally:
                 stream.close()
             return
@@ -179,6 +212,7 @@ class Layers:
         self._pool.close()
         self._cache.close()
         self._client.close()
+        self._impatient.close()
 
 
 def check_registry(registry: str, trusted: tuple[str, ...]) -> None:

@@ -18,19 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from shim.cache.store import layer_name
 from shim.erofs.writer import write_image
 from shim.errors import IndexFormatError
 from shim.index import codec
 from shim.index.model import Index, Node, Tree
-from shim.index.spanfile import write_span_file
+from shim.index.spanfile import SpanFile, write_span_file
 
 META_VERSION = 1
 _MAX_LINKS = 40  # Linux: MAXSYMLINKS
-
-
-def blob_name(diff_id: str, table_digest: bytes) -> str:
-    """The name of a layer's blob file: bound to the span table, so no index can fill another's cache."""
-    return f"{diff_id.partition(':')[2]}-{table_digest.hex()[:16]}"
 
 
 def prepare_tree(directory: str, erofs: bool = True) -> dict[str, Any]:
@@ -43,7 +39,10 @@ def prepare_tree(directory: str, erofs: bool = True) -> dict[str, Any]:
     index = codec.read_index(base / "index.clip")
     layers = []
     for number, layer in enumerate(index.layers):
-        write_span_file(base / f"spans.{number}", layer)
+        span_path = base / f"spans.{number}"
+        write_span_file(span_path, layer)
+        with SpanFile(span_path) as spans:
+            identity = spans.identity
         layers.append(
             {
                 "digest": layer.digest,
@@ -51,7 +50,7 @@ def prepare_tree(directory: str, erofs: bool = True) -> dict[str, Any]:
                 "size": layer.size,
                 "uncompressed_size": layer.uncompressed_size,
                 "compression": int(layer.compression),
-                "blob": blob_name(layer.diff_id, layer.spans.table_digest()),
+                "blob": layer_name(layer.diff_id, identity),
             }
         )
     meta = {

@@ -75,9 +75,11 @@ def _aligned(data: bytes) -> bytes:
 class SpanFile:
     """A mapped span file: `model.Spans`, and what the layer is. Threads may share it; `close` it when none reads it.
 
-    size, uncompressed_size: the layer's bytes; compression; blob_digest, diff_id: "sha256:<hex>".
+    size, uncompressed_size: the layer's bytes; compression; blob_digest, diff_id: "sha256:<hex>". identity: 32 bytes, a
+    hash of all that decides how the layer is fetched and what it must hash to.
     """
 
+    identity: bytes
     size: int
     uncompressed_size: int
 
@@ -131,6 +133,7 @@ class SpanFile:
         self._digests, self._bits, self._kinds = parts[4:]
         self._count: int = count
         self.compression = Compression(compression)
+        self.identity = digest
         self.blob_digest, self.diff_id = f"sha256:{blob.hex()}", f"sha256:{diff.hex()}"
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 
-from shim.daemon.prepare import _root_symlinks, blob_name, resolve
+from shim.daemon.prepare import _root_symlinks, resolve
 from shim.index.model import Node, Tree
 
 
@@ -45,7 +45,3 @@ def test_resolve() -> None:
     assert resolve(t, b"/../../bin/./sh") is file
     assert resolve(t, b"/bin/sh/x") is None
     assert resolve(t, b"/") is t.root
-
-
-def test_blob_name_binds_the_span_table() -> None:
-    assert blob_name("sha256:" + "a" * 64, bytes(range(32))) == "a" * 64 + "-0001020304050607"
