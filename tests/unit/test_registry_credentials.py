@@ -50,6 +50,18 @@ def test_a_helper_that_fails(tmp_path: Path, script: str, problem: str) -> None:
     assert "s3cret" not in why
 
 
+def test_a_helper_is_killed_with_its_children(tmp_path: Path) -> None:
+    program = tmp_path / "docker-credential-slow"
+    program.write_text(f"#!/bin/sh\n/bin/sleep 60 & echo $! >{tmp_path}/pid; wait\n")
+    program.chmod(0o755)
+    assert helper.run_helper("slow", "r.io", {}, path=str(tmp_path), timeout=0.5)[2]
+    child = Path("/proc") / (tmp_path / "pid").read_text().strip() / "stat"
+    deadline = time.monotonic() + 10
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("name", ["../../bin/sh", "", "a/b", "a b", "x" * 100, "missing"])
 def test_helper_names(tmp_path: Path, name: str) -> None:
     assert helper.run_helper(name, "r.io", {}, path=str(tmp_path))[2]
