@@ -15,6 +15,8 @@ from shim.index.model import Restart, SpanTable
 from shim.layers.gzipformat import crc32
 from shim.layers.windows import MarkerProbe, PackedWindows
 
+SPANS_A_POINT = 4
+
 OnData = Callable[[memoryview], None]
 OnSpan = Callable[[int, memoryview], None]
 
@@ -69,12 +71,14 @@ class Batch:
 class SpanBuilder:
     """Turns batches into a span table, the diff id and calls of `on_data` and `on_span`, in stream order.
 
-    A span ends at the next restart point, or, where none comes, after exactly 2 * spacing bytes: the next one is then
-    CONTINUE. So no span is longer than that, and where they lie depends on the layer's bytes and `spacing` alone.
+    A span ends at the next restart point, or, before that, after exactly spacing / 4 bytes: the next one is then
+    CONTINUE. A digest for each quarter costs 0.03 % of the image and lets a reader have its bytes as soon as the
+    inflater has passed them, not when the whole stretch up to the next restart point is inflated. Where spans lie
+    depends on the layer's bytes and `spacing` alone.
     """
 
     def __init__(self, spacing: int, on_data: OnData, on_span: OnSpan | None) -> None:
-        self._longest = 2 * spacing
+        self._longest = max(spacing // SPANS_A_POINT, 1)
         self._on_data = on_data
         self._on_span = on_span
         self._table = SpanTable(windows=PackedWindows())
@@ -84,9 +88,9 @@ class SpanBuilder:
         self._span_hash = hashlib.sha256()
         self._diff_hash = hashlib.sha256()
         self._run_cstart = 0  # where the run's restart point lies
-        self._continues = 0  # CONTINUE spans since then
         self._crc = 0
         self._member_start = 0
+        self._point_span = 0  # the span that begins at the last point
         self._probe: MarkerProbe | None = None
         self._window = b""
         self.hash_stream = True  # False: the caller knows the stream's digest (an uncompressed layer)
@@ -105,7 +109,7 @@ class SpanBuilder:
                     self._point(op)
                 elif isinstance(op, ProbeEnd):
                     if self._probe is not None:
-                        self._table.windows[-1 - self._continues] = self._probe.sparse(self._window)
+                        self._table.windows[self._point_span] = self._probe.sparse(self._window)
                 else:
                     self._member_end(op)
 
@@ -119,7 +123,6 @@ class SpanBuilder:
             if room == 0:
                 self._close_span()
                 self._open_span(Restart.CONTINUE, self._run_cstart, 0)
-                self._continues += 1
                 continue
             part = view[at : at + room]
             self._span_hash.update(part)
@@ -134,7 +137,7 @@ class SpanBuilder:
             self._close_span()
         self._open_span(point.kind, point.cstart, point.bits)
         self._run_cstart = point.cstart
-        self._continues = 0
+        self._point_span = self._table.count - 1
         if point.kind == Restart.DEFLATE:
             if self._probe is None:
                 self._probe = MarkerProbe()

@@ -70,8 +70,9 @@ def decorated(data: bytes) -> bytes:
     return header + deflate(data)[10:]
 
 
-def zstd(data: bytes, **options: bool) -> bytes:
-    return zstandard.ZstdCompressor(level=3, **options).compress(data)
+def zstd(data: bytes) -> bytes:
+    """One frame that says its content's size."""
+    return zstandard.ZstdCompressor(level=3).compress(data)
 
 
 def zstd_stream(data: bytes) -> bytes:

@@ -16,6 +16,7 @@ from shim.layers import resume
 from shim.layers.inflate import compressed_range, inflate_spans
 from shim.layers.resume import Begin, IsalInflater, LibzInflater
 from shim.layers.scan import MAX_SPAN, ScanResult
+from shim.layers.source import Source
 from shim.layers.windows import MarkerProbe, PackedWindows
 from tests.support.layerdata import SPACING, STREAMS, deflate, flushed, sample, scan
 
@@ -127,6 +128,42 @@ def test_spans_come_as_soon_as_their_bytes_are_there() -> None:
     for i, _ in inflate_spans(result.spans, result.compression, 0, source()):
         assert taken <= result.spans.cstart(i + 1) + 2 * 4096
     assert i == result.spans.count - 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_output_comes_before_more_input_is_wanted(engine: str) -> None:
+    """Few compressed bytes give much: the range's last one is taken long before the last output."""
+    data = bytes(12 << 20)
+    stream = flushed(data, 4 << 20)
+    result = scan(stream, 4 << 20)
+    assert result.spans.count == 3
+    for i in range(3):
+        assert read(result, stream, i, i + 1, begin=ENGINES[engine]) == bytes(4 << 20)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_inflaters_say_when_they_need_input(engine: str) -> None:
+    """Also where the last input byte is used up while a copy is half written."""
+    for size in (*range(65_400, 65_900), 524_288, 524_500):
+        stream = deflate(bytes(size))[10:-8]
+        inflater, at, got = ENGINES[engine](0, 0, b""), 0, 0
+        while not inflater.eof:
+            assert at < len(stream) or not inflater.hungry
+            output, at = inflater.inflate(stream, at)
+            got += len(output)
+        assert (got, at) == (size, len(stream))
+
+
+def test_source_offsets() -> None:
+    source = Source([b"abc", b"", b"defg", b"hi"], 100)
+    assert source.take(2) == b"ab"
+    assert (source.offset, source.peek(4), source.offset) == (102, b"cdef", 102)
+    assert (source.take(5), source.offset) == (b"cdefg", 107)
+    source.skip(1)
+    assert (source.peek(9), source.take(1), source.offset, source.more()) == (b"i", b"i", 109, False)
+    for take in (source.take, source.skip):
+        with pytest.raises(LayerError, match="at byte 109"):
+            take(1)
 
 
 def test_ranges() -> None:

@@ -14,6 +14,7 @@ import pytest
 from shim.errors import LayerError
 from shim.index.model import WINDOW_SIZE, Compression, Restart, SpanTable
 from shim.layers.scan import LayerScanner
+from shim.layers.spans import SPANS_A_POINT
 from tests.support.layerdata import (
     SPACING,
     STREAMS,
@@ -60,7 +61,7 @@ def test_digests_and_spans_of_every_kind_of_stream(name: str) -> None:
     assert table.kinds[0] == Restart.STREAM
     for i in range(count):
         start, end = table.ustart(i), table.ustart(i + 1)
-        assert 0 < end - start <= 2 * SPACING
+        assert 0 < end - start <= SPACING // SPANS_A_POINT
         assert table.digest(i) == hashlib.sha256(data[start:end]).digest()
         assert table.cstart(i) <= table.cstart(i + 1)
         if i and table.kind(i) != Restart.CONTINUE:
@@ -103,7 +104,7 @@ def test_a_giant_block_is_cut_into_continue_spans() -> None:
     data = sample()
     table = scan(one_block(data)).spans
     assert bytes(table.kinds) == bytes([Restart.STREAM]) + bytes(table.count - 1)
-    assert list(table.ustarts) == [*range(0, len(data), 2 * SPACING), len(data)]
+    assert list(table.ustarts) == [*range(0, len(data), SPACING // SPANS_A_POINT), len(data)]
     assert set(table.cstarts[:-1]) == {0}
 
 
@@ -139,7 +140,7 @@ def test_a_point_at_the_very_end_is_dropped() -> None:
     data = sample(2 * SPACING, seed=3)
     stream = flushed(data, SPACING)  # the last block is empty and begins at the end of the data
     table = scan(stream).spans
-    assert list(table.ustarts) == [0, SPACING, 2 * SPACING]
+    assert list(table.ustarts) == list(range(0, 2 * SPACING + 1, SPACING // SPANS_A_POINT))
     assert len(table.digests) == 2 * 32
 
 
@@ -288,6 +289,14 @@ def test_errors_of_callbacks_come_out() -> None:
         for _ in range(20):
             scanner.feed(data)
         scanner.finish()
+
+
+@pytest.mark.timeout(30)
+def test_feed_does_not_wait_for_a_decoder_that_failed() -> None:
+    """While `feed` waits for room, the decoder, busy with much output, meets garbage."""
+    stream = deflate(bytes(100 << 20)) + b"garbage" * (2 << 20)
+    with LayerScanner(None, SPACING, ignore) as scanner, pytest.raises(LayerError, match="no gzip member"):
+        scanner.feed(stream)
 
 
 def test_no_thread_is_left() -> None:
