@@ -246,11 +246,14 @@ def _bomb() -> bytes:
     sections = codec.raw_sections(sample())
     data = bytearray(pack({**sections, codec.TREE: b"\0"}))
     raw = bytes(16 << 20)
-    stored = lzma.compress(raw, lzma.FORMAT_RAW, filters=container._filters(len(raw)))
-    return _rewrite(bytes(data), codec.TREE, stored, len(raw), container.LZMA2)
+    return _rewrite(bytes(data), codec.TREE, _lzma(raw), len(raw), container.LZMA2)
 
 
-def _rewrite(data: bytes, tag: bytes, stored: bytes, raw_length: int, method: int) -> bytes:
+def _lzma(raw: bytes) -> bytes:
+    return lzma.compress(raw, lzma.FORMAT_RAW, filters=container._filters(len(raw)))
+
+
+def _rewrite(data: bytes, tag: bytes, stored: bytes, raw_length: int, method: int, shift: int = 0) -> bytes:
     """`data` with one section's stored bytes and row replaced, all offsets and hashes made right again."""
     row, header = container._ROW, container._HEADER
     fields = list(header.unpack_from(data))
@@ -260,7 +263,7 @@ def _rewrite(data: bytes, tag: bytes, stored: bytes, raw_length: int, method: in
         body = data[entry[3] : entry[3] + entry[4]]
         if entry[0] == tag:
             body, entry[2], entry[5] = stored, method, raw_length
-        entry[3], entry[4], entry[6] = at, len(body), hashlib.sha256(body).digest()
+        entry[3], entry[4], entry[6] = at + shift * (entry[0] == tag), len(body), hashlib.sha256(body).digest()
         bodies.append(body)
         at += len(body)
     table = b"".join(row.pack(*entry) for entry in rows)
@@ -301,6 +304,13 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         ),
         "unknown-codec": (_rewrite(good, codec.TREE, b"x", 1, 9), "codec 9"),
         "bad-lzma": (_rewrite(good, codec.TREE, b"\xff" * 99, 100, container.LZMA2), "cannot be decompressed"),
+        "lzma-and-more": (
+            _rewrite(good, codec.CONFIG, _lzma(b"abc") + b"x", 3, container.LZMA2),
+            "does not decompress",
+        ),
+        "lzma-short": (_rewrite(good, codec.CONFIG, _lzma(b"abc"), 4, container.LZMA2), "does not decompress"),
+        "section-overlap": (_rewrite(good, codec.CONFIG, b"abc", 3, container.STORED, shift=-1), "outside its place"),
+        "section-gap": (_rewrite(good, codec.CONFIG, b"abc", 3, container.STORED, shift=1), "outside its place"),
         "raw-length-short": (_rewrite(good, codec.CONFIG, b"abc", 2, container.STORED), "two lengths"),
         "bomb": (_bomb(), "more than a reader believes"),
         "huge-claim": (_rewrite(good, codec.TREE, b"x" * 50, 1 << 62, container.LZMA2), "more than a reader believes"),

@@ -140,15 +140,20 @@ def _decode_in_child(path: Path, limit: int) -> tuple[str, int]:
     """(what came out, peak memory in bytes above what the modules take) of a child with that much address space."""
     code = textwrap.dedent(
         """
-        import resource, sys
+        import sys
         from shim.errors import IndexFormatError
         from shim.index import codec
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+        def peak():  # not ru_maxrss, which begins with the parent's
+            with open("/proc/self/status") as status:
+                return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+
+        before = peak()
         try:
             print("entries", codec.count_entries(codec.read_index(sys.argv[1]).tree))
         except IndexFormatError as error:
             print(error)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        print(peak() - before)
         """
     )
     run = subprocess.run(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from shim.errors import IndexFormatError
-from shim.index import codec, validate
+from shim.index import codec, treecodec, validate
 from shim.index.model import Compression, Extent, Index, Node, Restart, Tree
 from shim.index.validate import validate_index, validate_tree
 from tests.support.indexes import NS, directory, file, put, sample, symlink
@@ -160,5 +160,13 @@ def test_deep_tree_is_refused_at_once() -> None:
     with pytest.raises(IndexFormatError, match="longer than 4095"):
         validate_tree(tree, [])
     assert time.process_time() - began < 1
+    here = tree.root  # the same once more, as a section's bytes, where the names are put together
+    for node in chain[1:5000]:
+        here.children = {b"d": node}
+        here = node
+    here.children = {}
+    tree.count_links()
+    with pytest.raises(IndexFormatError, match="longer than 4095"):
+        treecodec.decode_tree(treecodec.encode_tree(tree, 0), 0)
     for node in chain:  # or freeing it would recurse
         node.children = None

@@ -109,19 +109,20 @@ def test_closed(tmp_path: Path) -> None:
 
 
 def test_windows_stay_on_disk(tmp_path: Path) -> None:
-    """5,000 points (10 GiB of layer), 20 MB of file: opening and one look cost a process next to nothing."""
+    """5,000 points (10 GiB of layer), over 10 MiB of file: opening and one look cost a process next to nothing."""
     write_span_file(tmp_path / "spans", _large(5000))
     assert (tmp_path / "spans").stat().st_size > 10 << 20
     code = (
-        "import resource, sys\nfrom shim.index.spanfile import SpanFile\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import re, sys\nfrom shim.index.spanfile import SpanFile\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
+        "before = peak()\n"
         "spans = SpanFile(sys.argv[1])\n"
         "assert len(spans.window(spans.find(5 << 30))) == 32768\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "print(peak() - before)"
     )
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "spans")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 3072  # KiB
+    assert int(run.stdout) < 6 << 10  # KiB; the windows alone take 10 MiB
 
 
 def test_threads_share_one(tmp_path: Path) -> None:
