@@ -79,6 +79,8 @@ class FakeDaemon:
                 connection.sendall(answer if isinstance(answer, bytes) else json.dumps(answer).encode() + b"\n")
                 while connection.recv(4096):  # the tree stays mounted while this is open
                     pass
+        except OSError:
+            pass  # the wrapper was killed
         finally:
             with self._lock:
                 self.connections -= 1
