@@ -35,14 +35,14 @@ EVERYTHING = ["sh", "-c", "find / -xdev -type f -print0 | xargs -0 cat | wc -c"]
 @dataclass(frozen=True)
 class Needed:
     """Compressed bytes. `pages`: of exactly the pages that were read, each with its span's compression ratio. `spans`:
-    of the spans that hold them, which is the least that can be fetched and verified."""
+    of what lies between the restart points around them, which is the least that can be fetched."""
 
     pages: float
     spans: int
 
     @classmethod
     def of(cls, index: Index, tree: Path) -> Needed:
-        pages, touched = 0.0, set()
+        pages, touched = 0.0, set[tuple[int, int, int]]()
         resident = _resident(tree)
         for path, node in index.tree.walk():
             if path not in resident or not node.extents:
@@ -56,13 +56,14 @@ class Needed:
                     while low < high:
                         span = bisect.bisect_right(spans.ustarts, at) - 1
                         part = min(high - low, spans.ustarts[span + 1] - at)
-                        whole = spans.ustarts[span + 1] - spans.ustarts[span]
-                        pages += part * (spans.cstarts[span + 1] - spans.cstarts[span]) / whole
-                        touched.add((extent.layer, span))
+                        first, stop = spans.restart(span), spans.run_end(span)
+                        whole = spans.ustarts[stop] - spans.ustarts[first]
+                        pages += part * (spans.cstarts[stop] - spans.cstarts[first]) / whole
+                        touched.add((extent.layer, first, stop))
                         low, at = low + part, at + part
         sizes = (
-            index.layers[layer].spans.cstarts[span + 1] - index.layers[layer].spans.cstarts[span]
-            for layer, span in touched
+            index.layers[layer].spans.cstarts[stop] - index.layers[layer].spans.cstarts[first]
+            for layer, first, stop in touched
         )
         return cls(pages, sum(sizes))
 
