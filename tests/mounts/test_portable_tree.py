@@ -474,9 +474,19 @@ def stalled(show: Show, disk_path: Path) -> Iterator[Stalled]:
 READ = "sys.stdout.buffer.write(open(os.path.join(path, sys.argv[1]), 'rb').read())"
 
 
-def test_a_killed_reader_of_a_stalled_layer_dies_at_once(stalled: Stalled) -> None:
-    victim, patient = stalled.tree.python(READ, "slow/00"), stalled.tree.python(READ, "slow/00")
+DIRECT = """
+import mmap
+fd = os.open(os.path.join(path, sys.argv[1]), os.O_RDONLY | os.O_DIRECT)
+os.preadv(fd, [mmap.mmap(-1, 4096)], 0)
+"""
+
+
+@pytest.mark.parametrize("script", [READ, DIRECT], ids=["cached", "direct"])
+def test_a_killed_reader_of_a_stalled_layer_dies_at_once(stalled: Stalled, script: str) -> None:
+    """The kernel lets go of a reader that waits for read-ahead; one that waits for its own request needs us."""
+    victim = stalled.tree.python(script, "slow/00")
     stalled.wait_parked(1)
+    patient = stalled.tree.python(READ, "slow/00")
     victim.kill()
     victim.communicate(timeout=5)  # it does not hang on the layer
     assert victim.returncode == -signal.SIGKILL

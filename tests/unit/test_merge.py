@@ -163,6 +163,13 @@ def test_symlinked_parents_are_followed_inside_the_root(target: bytes, same_laye
     assert tree[b"/lib"].is_symlink
 
 
+def test_symlinks_below_the_root_lead_from_where_they_stand() -> None:
+    links = [symlink(b"opt/abs", b"/usr/lib"), symlink(b"opt/rel", b"lib"), symlink(b"opt/up", b"../usr/lib")]
+    tree = nodes(merge([*links, entry(b"opt/abs/a"), entry(b"opt/rel/r"), entry(b"opt/up/u")]))
+    assert set(tree[b"/usr/lib"].children or ()) == {b"a", b"u"}
+    assert set(tree[b"/opt/lib"].children or ()) == {b"r"}
+
+
 def test_a_dangling_symlinks_target_is_made() -> None:
     assert b"/usr/lib/f" in nodes(merge([symlink(b"lib", b"usr/lib"), entry(b"lib/f")]))
 
