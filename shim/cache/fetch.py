@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +20,7 @@ from shim.cache.readahead import Readahead
 from shim.cache.transfer import Job, LayerStats, OpenRange, Transfer
 from shim.errors import CacheError, DaemonError, ShimError
 from shim.fuse.blob import Buffer, Done
-from shim.index.model import Compression
+from shim.index.model import Compression, Restart
 
 READAHEAD_BYTES = 8 << 20
 _JOB_BYTES = 32 << 20  # a queued job is not extended beyond this; a run without restart points may be longer
@@ -100,8 +102,10 @@ class LazyLayer:
         self._flights: dict[int, Job] = {}
         self._waiters: dict[int, list[_Waiter]] = {}
         self._queued: list[Job] = []
-        average = max(1, cached.length // max(1, cached.count))
-        self._readahead = Readahead(cached.count, readahead // average)
+        spans = cached.spans
+        self._runs = array("Q", (i for i in range(cached.count) if spans.kind(i) != Restart.CONTINUE))
+        average = max(1, cached.length // max(1, len(self._runs)))
+        self._readahead = Readahead(len(self._runs), readahead // average)
         self._transfer = Transfer(
             cached,
             compression,
@@ -192,9 +196,11 @@ class LazyLayer:
         return not lacking
 
     def _fetch_ahead(self, spans: range) -> None:
-        more = self._readahead.seen(spans[0], spans[-1])
+        runs = self._runs
+        more = self._readahead.seen(bisect_right(runs, spans[0]) - 1, bisect_right(runs, spans[-1]) - 1)
         if more and not self._closed.is_set():
-            self._launch(more, ahead=True)
+            stop = runs[more.stop] if more.stop < len(runs) else self.cached.count
+            self._launch(range(runs[more.start], stop), ahead=True)
 
     def _launch(self, wanted: Sequence[int], *, ahead: bool) -> None:
         """Start or extend jobs for spans that are neither here nor coming."""
@@ -261,8 +267,9 @@ class LazyLayer:
                 del self._flights[span]
             waiters = self._waiters.pop(span, [])
             if not job.local:
-                self._transfer.stats.demand += bool(waiters)
-                self._transfer.stats.readahead += not waiters
+                ahead = job.ahead and not waiters
+                self._transfer.stats.readahead += ahead
+                self._transfer.stats.demand += not ahead
             volatile = not kept or self.cached.states[span] == states.IN_MEMORY  # may be pushed out before it is read
             for waiter in waiters:
                 waiter.missing.discard(span)

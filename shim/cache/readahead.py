@@ -1,9 +1,10 @@
-"""When to fetch ahead: recognises sequential readers of one layer, span by span.
+"""When to fetch ahead: recognises sequential readers of one layer, run by run (a run is what one restart point gives).
 
-A reader is sequential once it goes from the last span it was seen in to the next. Then the window doubles, from one
-span to the limit, each time it enters what was fetched ahead; scattered reads never fetch anything but their spans.
-Hits do not come here (they are answered without Python looking twice), so the first span of each stretch is *marked*,
-and the reader that reaches a mark is seen.
+A reader is sequential once it goes from the last run it was seen in to the next. Then it gets the next run, and each
+time it enters what was fetched ahead, twice as much behind that, up to half the limit: while it reads one stretch the
+next is on its way, and what lies ahead of it never exceeds the limit. Scattered reads fetch nothing but their runs.
+Hits do not come here (they are answered without a second look), so the first span of each stretch is *marked*, and the
+reader that reaches a mark is seen.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ class _Stream:
     __slots__ = ("ahead", "last", "window")
 
     def __init__(self, last: int) -> None:
-        self.last = last  # the last span the reader was seen in
-        self.ahead = last  # the last span that is wanted for it
-        self.window = 0  # spans
+        self.last = last  # the last run the reader was seen in
+        self.ahead = last  # the last run that is wanted for it
+        self.window = 0  # runs
 
 
 class Readahead:
     """The sequential readers of one layer. Not thread-safe: the caller holds its lock.
 
-    limit: spans in the largest window (0 turns read-ahead off); count: spans in the layer.
+    limit: the most runs ahead of a reader (0 turns read-ahead off); count: runs in the layer.
     """
 
     def __init__(self, count: int, limit: int) -> None:
         self._count = count
-        self._limit = limit
+        self._batch = limit if limit < 2 else limit // 2
         self._streams: deque[_Stream] = deque(maxlen=_STREAMS)  # the most recently seen last
 
     def seen(self, first: int, last: int) -> range:
-        """A reader needs spans first..last. Returns the spans to fetch ahead, empty when it is not sequential."""
+        """A reader needs runs first..last. Returns the runs to fetch ahead, empty when it is not sequential."""
         for stream in self._streams:
             if stream.last <= last and first <= stream.ahead + 1 and first >= stream.last:
                 self._streams.remove(stream)
@@ -45,10 +46,10 @@ class Readahead:
 
     def _advance(self, stream: _Stream, last: int) -> range:
         stream.last = last
-        stream.window = min(max(1, 2 * stream.window), self._limit)
+        stream.window = min(max(1, 2 * stream.window), self._batch)
         first = max(stream.ahead, last) + 1
-        stop = min(last + 1 + stream.window, self._count)
-        if stop <= first:
+        stop = min(first + stream.window, self._count)
+        if stop <= first or not self._batch:
             return range(0)
         stream.ahead = stop - 1
         return range(first, stop)

@@ -25,7 +25,7 @@ _LONGEST_DELAY = 5.0
 class LayerStats:
     """Counters since the layer was opened. Bytes: `size` and `cached_bytes` uncompressed, `fetched_bytes` compressed.
 
-    `demand` and `readahead` count spans fetched because somebody waited, or would.
+    `demand` and `readahead` count spans fetched because somebody waited for their run, or was expected to.
     """
 
     diff_id: str
