@@ -18,7 +18,7 @@ from shim.errors import IndexFormatError
 from shim.index import codec, container
 from shim.index.model import Extent, Index, Node, Tree
 from shim.index.sparse import SparseWindows, pack_window, unpack_window
-from tests.support import indexes
+from tests.support import indexes, indexfiles
 from tests.support.indexes import NS, directory, dump, file, put, sample, symlink
 
 GOOD = indexes.ASSETS / "good"
@@ -64,7 +64,7 @@ def test_parts_alone() -> None:
 
 def test_a_part_alone_does_not_read_the_others() -> None:
     """A damaged tree is found by who reads it, and by nobody else."""
-    broken = indexes.tree_column("names", lambda column: column[:-1])
+    broken = indexfiles.tree_column("names", lambda column: column[:-1])
     assert codec.decode(broken, tree=False).image == sample().image
     assert codec.summary(broken)["layers"] == 4
     with pytest.raises(IndexFormatError, match="tree is damaged"):

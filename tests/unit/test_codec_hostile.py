@@ -16,7 +16,7 @@ import pytest
 
 from shim.errors import IndexFormatError
 from shim.index import codec, columns, container, treecodec
-from tests.support import indexes
+from tests.support import indexes, indexfiles
 from tests.support.indexes import dump, sample
 
 BAD = indexes.ASSETS / "bad"
@@ -31,7 +31,7 @@ def test_stored_bad_file_is_refused(name: str) -> None:
 
 
 def test_corpus_is_what_the_script_makes() -> None:
-    made = indexes.bad_files()
+    made = indexfiles.bad_files()
     assert sorted(made) == sorted(ERRORS) == sorted(path.stem for path in BAD.glob("*.clip"))
     for name, (data, message) in made.items():
         with pytest.raises(IndexFormatError, match=message):
