@@ -19,8 +19,8 @@ from shim.index.sparse import SparseWindows
 
 MAX_LAYERS = 500  # overlayfs' own limit on lowers
 MAX_SPANS = 1 << 18  # of all layers: 512 GiB at 2 MiB spacing
-MAX_SPAN = 64 << 20  # uncompressed bytes of one span: a reader holds it in memory to verify it
-MAX_CHECKPOINT_MIB = 32  # a span may be twice as long as the spacing
+MAX_SPAN = 128 << 20  # uncompressed bytes of one span: a reader holds it in memory to verify it
+MAX_CHECKPOINT_MIB = 64  # a span may be twice as long as the spacing
 MAX_CONFIG = 8 << 20
 MAX_ENTRIES = 2_000_000  # names in the tree
 MAX_EXTENTS = 2_000_000  # of files that are not one extent from first byte to last
