@@ -292,6 +292,16 @@ def test_volatile_overlay(box: Box) -> None:
     assert box.run(place).stdout == "of the image"
 
 
+def test_busy_overlay_of_the_engine(box: Box) -> None:
+    """Something holds the engine's overlay: it is unmounted lazily."""
+    place = box.bundle("b", "cat /data/file")
+    box.overlay(place, box.layer("thin"))
+    held = os.open(place / "rootfs", os.O_RDONLY)
+    assert box.run(place).stdout == "of the image"
+    assert box.mounts() == [str(place / "rootfs")]
+    os.close(held)
+
+
 def test_link_that_a_higher_layer_overrides(box: Box) -> None:
     (box.tree / "usr" / "lib").mkdir()
     (box.tree / "lib").symlink_to("usr/lib")
