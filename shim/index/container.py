@@ -10,6 +10,7 @@ from __future__ import annotations
 import lzma
 import struct
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -27,6 +28,7 @@ MANDATORY = 1  # flag: a reader that does not know the section must refuse the f
 STORED = 0
 LZMA2 = 1
 _MAX_DICT = 8 << 20  # decoding takes this much memory beside the result, encoding about 12 times as much
+_SMALL = 2 << 20  # sections up to here are compressed side by side; larger ones would take too much memory
 _FREE_RAW = 64 << 10
 _MAX_RATIO = 64  # raw bytes for each byte of the file: what a small file can make a reader allocate is bounded
 _PADDING = b"fill"  # an optional section of zeros that a very regular index gets to keep within that ratio
@@ -105,7 +107,10 @@ def _compress(raw: bytes) -> tuple[int, bytes]:
 
 def pack(sections: list[tuple[bytes, int, bytes]]) -> bytes:
     """The file made of `sections`: (four-byte tag, flags, raw bytes), in this order, and padding if need be."""
-    parts = [(tag, flags, len(raw), *_compress(raw)) for tag, flags, raw in sections]
+    small = all(len(raw) <= _SMALL for *_, raw in sections)
+    with ThreadPoolExecutor(2 if small else 1) as pool:  # tree and windows take about as long as each other
+        packed = list(pool.map(_compress, [raw for *_, raw in sections]))
+    parts = [(tag, flags, len(raw), *done) for (tag, flags, raw), done in zip(sections, packed, strict=True)]
     total = _HEADER.size + _TRAILER.size + sum(_ROW.size + len(stored) for *_, stored in parts)
     excess = sum(len(raw) for *_, raw in sections) - _FREE_RAW - _MAX_RATIO * total
     if excess > 0:
