@@ -52,7 +52,7 @@ def processes() -> set[str]:
         except OSError:
             continue  # it ended while we looked
         fields = stat.rpartition(")")[2].split()
-        if not line or fields[0] == "Z":
+        if not line or fields[0] == "Z" or "multiprocessing." in line:  # Python's helpers end with their parent
             continue
         run = run_of(environ.split(b"\0"), line)
         if run or any(word in " ".join(line.split()[:4]) for word in _PROGRAMS):
