@@ -1,155 +1,30 @@
-"""The portable FUSE tree over blob files: the same as the index says, whatever a program asks, and it dies cleanly."""
+"""The portable FUSE tree over blob files: the same as the index says, whatever a program asks, and a clean end."""
 
 from __future__ import annotations
 
 import errno
 import gzip
-import json
 import os
 import signal
 import stat
 import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from shim.errors import RegistryError
-from shim.fuse import connection
-from shim.fuse.blob import Done
-from shim.fuse.journal import Journal
-from shim.fuse.server import BlobServer
-from shim.index import codec
-from shim.index.merge import TreeMerger
-from shim.index.model import Index, Layer
-from shim.layers.scan import LayerScanner
-from shim.layers.tar import TarWalker
 from tests.support import expected, images
 from tests.support.compare import compare, report
-from tests.support.host import wait_for
-from tests.support.ocitar import BLK, CHR, DIR, FIFO, LINK, SYM, Entry, digest, tar
+from tests.support.ocitar import BLK, CHR, DIR, FIFO, LINK, SYM, Entry, tar
+from tests.support.portable import Portable, Show, failure, showing
 from tests.support.smallimage import CAP_NET_RAW, busybox, noise, text
 
 T = 1_600_000_000_123_456_789
-MIB = 1 << 20
-
-
-def make_index(layers: Sequence[bytes]) -> Index:
-    """The index of an image of these plain tars."""
-    merger = TreeMerger()
-    rows = []
-    for number, layer in enumerate(layers):
-        walker = TarWalker()
-        with LayerScanner(None, 1 << 20, walker.feed) as scanner:
-            scanner.feed(layer)
-            result = scanner.finish()
-        walker.finish()
-        merger.apply(walker.entries, number)
-        kind = "application/vnd.oci.image.layer.v1.tar"
-        rows.append(
-            Layer(
-                result.digest,
-                result.diff_id,
-                result.size,
-                result.uncompressed_size,
-                kind,
-                result.compression,
-                result.spans,
-            )
-        )
-    return Index("localhost/test:v1", digest(b"manifest"), "linux/amd64", b"{}", rows, merger.finish())
-
-
-def blob_names(index: Index) -> list[str]:
-    return [f"{layer.diff_id[7:]}-{layer.spans.table_digest().hex()[:16]}" for layer in index.layers]
-
-
-@dataclass
-class Portable:
-    """A portable tree at `path`, of `index`; `said` is the line it reported."""
-
-    base: Path
-    index: Index
-    blobs: Path
-    names: list[str]
-    said: str = ""
-    children: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.path = self.base / "tree"
-        self.path.mkdir(exist_ok=True)
-        self.log = self.base / "log"
-        if not (self.base / "index.clip").exists():
-            codec.write_index(self.base / "index.clip", self.index)
-        self.start()
-
-    def start(self) -> None:
-        reader, writer = os.pipe()
-        command = [sys.executable, "-m", "shim.tree.portable", "--index", str(self.base / "index.clip")]
-        command += ["--blobs", str(self.blobs), "--names", ",".join(self.names), "--ready-fd", str(writer)]
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen([*command, str(self.path)], pass_fds=[writer], stdout=log, stderr=log)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as pipe:
-            self.said = pipe.read().decode()
-
-    def python(self, script: str, *args: object) -> subprocess.Popen[bytes]:
-        """Run Python in another process, `path` being the tree."""
-        head = f"import os, sys, signal, time\npath = {str(self.path)!r}\n"
-        command = [sys.executable, "-c", head + script, *map(str, args)]
-        self.children.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-        return self.children[-1]
-
-    def unmount(self) -> None:
-        subprocess.run(["umount", str(self.path)], check=True, timeout=30)
-
-    def close(self) -> None:
-        for child in self.children:
-            child.kill()
-            child.communicate()
-        if os.path.ismount(self.path) or self.process.poll() is None:
-            subprocess.run(["umount", "-l", str(self.path)], capture_output=True, timeout=30)
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-Show = Callable[..., Portable]
 
 
 @pytest.fixture
 def show(disk_path: Path) -> Iterator[Show]:
-    shown: list[Portable] = []
-
-    def mount(layers: Sequence[bytes], blobs: Path | None = None, names: list[str] | None = None) -> Portable:
-        base = disk_path / str(len(shown))
-        base.mkdir()
-        index = make_index(layers)
-        if blobs is None:
-            blobs = base / "blobs"
-            blobs.mkdir()
-            for name, layer in zip(blob_names(index), layers, strict=True):
-                (blobs / name).write_bytes(layer + bytes(-len(layer) % 512))
-        shown.append(Portable(base, index, blobs, names if names is not None else blob_names(index)))
-        return shown[-1]
-
-    yield mount
-    for tree in shown:
-        tree.close()
-
-
-def failure(call: Callable[..., object], *args: object, **more: object) -> int:
-    """The errno a call fails with, 0 if it does not."""
-    try:
-        call(*args, **more)
-    except OSError as error:
-        return error.errno or -1
-    return 0
+    yield from showing(disk_path)
 
 
 def sparse_layer() -> bytes:
@@ -400,142 +275,3 @@ def test_what_is_wrong_is_said_and_nothing_is_mounted(show: Show, spoil: Callabl
     assert tree.process.wait(10) == 1
     assert not os.path.ismount(tree.path)
     assert b"Traceback" not in tree.log.read_bytes()
-
-
-# --- slow and failing layers ----------------------------------------------------------------------------------------
-
-
-class GateBlob:
-    """A layer's blob, of which everything from `held` on is not there until `gate` opens (or `broken` says why)."""
-
-    def __init__(self, node_id: int, name: str, data: bytes, held: int) -> None:
-        self.node_id = node_id
-        self.name = name.encode()
-        self.data = data + bytes(-len(data) % 512)
-        self.size = len(self.data)
-        self.held = held
-        self.gate = threading.Event()
-        self.broken = ""
-        self.data_fd = -1
-        self.epoch = 0
-
-    def stamp(self, *_: int) -> int:
-        return -1
-
-    def read_cached(self, offset: int, size: int) -> bytes | None:
-        return self.data[offset : offset + size] if offset + size <= self.held or self.gate.is_set() else None
-
-    def read_missing(self, offset: int, size: int, done: Done) -> None:
-        def wait() -> None:
-            self.gate.wait()
-            done(RegistryError(self.broken) if self.broken else self.data[offset : offset + size])
-
-        threading.Thread(target=wait, daemon=True).start()
-
-    def trouble(self) -> str:
-        return ""
-
-
-@dataclass
-class Stalled:
-    tree: Portable
-    blob: GateBlob
-    server: BlobServer
-    data: bytes
-
-    def wait_parked(self, count: int) -> None:
-        wait_for(f"{count} reads to wait", lambda: len(self.server.waiting()) >= count)
-
-
-@pytest.fixture
-def stalled(show: Show, disk_path: Path) -> Iterator[Stalled]:
-    """A tree of one layer: `quick` can be read, `slow/N` cannot until the gate opens."""
-    data = noise(7, 300_000)
-    files = [Entry(b"quick", data=data), Entry(b"filler", data=bytes(4 * MIB))]
-    layer = tar([*files, *(Entry(b"slow/%02d" % n, data=data) for n in range(30))])
-    mounted = disk_path / "served"
-    mounted.mkdir()
-    fd = connection.mount(mounted)
-    server = BlobServer(fd, None, Journal(disk_path / "journal", fresh=True))
-    (name,) = blob_names(make_index([layer]))
-    blob = GateBlob(server.node_id(name.encode()), name, layer, 4 * MIB)
-    server.add(blob)
-    server.start()
-    tree = show([layer], blobs=mounted)
-    assert tree.said == "READY\n"
-    yield Stalled(tree, blob, server, data)
-    blob.gate.set()
-    tree.close()
-    subprocess.run(["umount", str(mounted)], check=True, timeout=30)
-    server.stop()
-    os.close(fd)
-
-
-READ = "sys.stdout.buffer.write(open(os.path.join(path, sys.argv[1]), 'rb').read())"
-
-
-DIRECT = """
-import mmap
-fd = os.open(os.path.join(path, sys.argv[1]), os.O_RDONLY | os.O_DIRECT)
-os.preadv(fd, [mmap.mmap(-1, 4096)], 0)
-"""
-
-
-@pytest.mark.parametrize("script", [READ, DIRECT], ids=["cached", "direct"])
-def test_a_killed_reader_of_a_stalled_layer_dies_at_once(stalled: Stalled, script: str) -> None:
-    """The kernel lets go of a reader that waits for read-ahead; one that waits for its own request needs us."""
-    victim = stalled.tree.python(script, "slow/00")
-    stalled.wait_parked(1)
-    patient = stalled.tree.python(READ, "slow/00")
-    victim.kill()
-    victim.communicate(timeout=5)  # it does not hang on the layer
-    assert victim.returncode == -signal.SIGKILL
-    assert patient.poll() is None
-    stalled.blob.gate.set()
-    assert patient.communicate(timeout=20)[0] == stalled.data
-
-
-def test_stalled_reads_hold_up_no_others(stalled: Stalled) -> None:
-    waiting = [stalled.tree.python(READ, f"slow/{n:02}") for n in range(25)]
-    stalled.wait_parked(20)
-    quick = stalled.tree.python(READ, "quick")
-    assert quick.communicate(timeout=20)[0] == stalled.data
-    listing = stalled.tree.python("print(len(os.listdir(path + '/slow')), os.stat(path + '/slow/29').st_size)")
-    assert listing.communicate(timeout=20)[0].split() == [b"30", b"300000"]
-    stalled.blob.gate.set()
-    assert all(child.communicate(timeout=20)[0] == stalled.data for child in waiting)
-
-
-def test_a_program_that_takes_signals_sees_no_error(stalled: Stalled) -> None:
-    script = (
-        "caught = 0\n"
-        "def catch(*_):\n global caught\n caught += 1\n"
-        "signal.signal(signal.SIGALRM, catch)\n"
-        "signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)\n"
-        "print('go', flush=True)\n"
-        "data = open(path + '/slow/03', 'rb').read()\n"
-        "signal.setitimer(signal.ITIMER_REAL, 0)\n"
-        "import hashlib\nprint(hashlib.sha256(data).hexdigest(), caught)\n"
-    )
-    child = stalled.tree.python(script)
-    stalled.wait_parked(1)
-    timer = threading.Timer(1.0, stalled.blob.gate.set)  # several signals come meanwhile
-    timer.start()
-    out = child.communicate(timeout=20)[0].split()
-    timer.join()
-    assert out[:2] == [b"go", digest(stalled.data)[7:].encode()]
-    assert int(out[2]) >= 1
-
-
-def test_a_failed_read_is_eio_and_one_line_that_names_the_file(stalled: Stalled) -> None:
-    stalled.blob.broken = "registry.example: gone"
-    stalled.blob.gate.set()
-    stalled.blob.read_cached = lambda *_: None  # type: ignore[method-assign]
-    child = stalled.tree.python(
-        "fd = os.open(path + '/slow/09', os.O_RDONLY)\n"
-        "try:\n os.pread(fd, 100, 0)\nexcept OSError as error:\n print(error.errno)"
-    )
-    assert child.communicate(timeout=20)[0].split() == [str(errno.EIO).encode()]
-    lines = [json.loads(line) for line in stalled.tree.log.read_text().splitlines()]
-    assert {line["file"] for line in lines} == {"/slow/09"}
-    assert {line["event"] for line in lines} == {"read failed"}
