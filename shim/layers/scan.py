@@ -21,7 +21,7 @@ from shim.layers.spans import Batch, OnData, OnSpan, SpanBuilder
 
 MIN_SPACING = 2 * WINDOW_SIZE  # below it the probes of two points would overlap
 MAX_SPACING = 64 << 20
-MAX_SPAN = 2 * MAX_SPACING  # no span of any table is longer
+MAX_SPAN = 2 * MAX_SPACING  # a table with a longer span is refused, so that a reader can hold one
 MAX_UNCOMPRESSED = 1 << 40
 
 _CHUNK = 1 << 20
@@ -50,7 +50,7 @@ class LayerScanner:
     """Fed the compressed bytes in order, whatever their pieces; `finish` gives the result.
 
     compression: None finds it by magic bytes. spacing: least uncompressed distance of two restart points, MIN_SPACING
-    to MAX_SPACING. on_data gets the uncompressed bytes in order, on_span each finished span (number, all its bytes);
+    to MAX_SPACING; digests come at a quarter of it. on_data gets the uncompressed bytes in order, on_span each finished span (number, all its bytes);
     both are called from one other thread, and the views are valid during the call only. What they raise comes out of
     `feed` or `finish`. Use it in a `with` block, or call `close`, so that no thread is left when the bytes stop coming.
 

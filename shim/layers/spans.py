@@ -15,7 +15,7 @@ from shim.index.model import Restart, SpanTable
 from shim.layers.gzipformat import crc32
 from shim.layers.windows import MarkerProbe, PackedWindows
 
-SPANS_A_POINT = 4
+SPANS_A_POINT = 4  # no span is longer than the spacing divided by this
 
 OnData = Callable[[memoryview], None]
 OnSpan = Callable[[int, memoryview], None]

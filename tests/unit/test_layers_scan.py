@@ -43,6 +43,11 @@ def as_tuple(table: SpanTable) -> tuple[object, ...]:
     )
 
 
+def points(table: SpanTable) -> list[int]:
+    """Uncompressed offsets of the restart points."""
+    return [table.ustart(i) for i in range(table.count) if table.kind(i) != Restart.CONTINUE]
+
+
 @pytest.mark.parametrize("name", STREAMS)
 def test_digests_and_spans_of_every_kind_of_stream(name: str) -> None:
     compression, pack = STREAMS[name]
@@ -91,13 +96,13 @@ def test_a_point_is_the_first_block_end_that_is_due() -> None:
         blocks = [start for start in starts if start % size == 0]
         assert blocks
     table = scan(flushed(bytes(1 << 20), SPACING)).spans
-    assert list(table.ustarts) == list(range(0, (1 << 20) + 1, SPACING))
+    assert points(table) == list(range(0, 1 << 20, SPACING))
 
 
 def test_members_give_stream_points() -> None:
     table = scan(members(sample(), SPACING)).spans
-    assert set(table.kinds) == {Restart.STREAM}
-    assert table.ustart(1) == SPACING
+    assert set(table.kinds) == {Restart.STREAM, Restart.CONTINUE}
+    assert points(table) == list(range(0, 3 << 20, SPACING))
 
 
 def test_a_giant_block_is_cut_into_continue_spans() -> None:
@@ -111,17 +116,20 @@ def test_a_giant_block_is_cut_into_continue_spans() -> None:
 def test_plain_layers_are_cut_exactly() -> None:
     data = b"\0" * 1000 + sample(300_000)
     table = scan(data).spans
-    assert list(table.ustarts) == [*range(0, len(data), SPACING), len(data)]
-    assert table.ustarts == table.cstarts
-    assert set(table.kinds) == {Restart.STREAM}
+    assert list(table.ustarts) == [*range(0, len(data), SPACING // SPANS_A_POINT), len(data)]
+    assert points(table) == list(range(0, len(data), SPACING))
+    assert set(table.kinds) == {Restart.STREAM, Restart.CONTINUE}
+    assert all(table.cstart(i) == table.ustart(table.restart(i)) for i in range(table.count))
 
 
 def test_zstd_frames_give_points_at_their_magic() -> None:
     data = sample()
     stream = zstd_chunked(data, 50_000)
     table = scan(stream).spans
-    assert set(table.kinds) == {Restart.STREAM}
-    assert all(stream[table.cstart(i) :][:4] == b"\x28\xb5\x2f\xfd" for i in range(1, table.count))
+    assert set(table.kinds) == {Restart.STREAM, Restart.CONTINUE}
+    assert len(points(table)) > 20
+    starts = set(table.cstarts[:-1]) - {0}  # the first one begins with a skippable frame
+    assert all(stream[start:][:4] == b"\x28\xb5\x2f\xfd" for start in starts)
     assert set(scan(zstd(data)).spans.kinds[1:]) == {Restart.CONTINUE}
 
 
@@ -141,7 +149,8 @@ def test_a_point_at_the_very_end_is_dropped() -> None:
     stream = flushed(data, SPACING)  # the last block is empty and begins at the end of the data
     table = scan(stream).spans
     assert list(table.ustarts) == list(range(0, 2 * SPACING + 1, SPACING // SPANS_A_POINT))
-    assert len(table.digests) == 2 * 32
+    assert points(table) == [0, SPACING]
+    assert len(table.digests) == 2 * SPANS_A_POINT * 32
 
 
 @pytest.mark.parametrize("name", STREAMS)
