@@ -50,9 +50,10 @@ class LayerScanner:
     """Fed the compressed bytes in order, whatever their pieces; `finish` gives the result.
 
     compression: None finds it by magic bytes. spacing: least uncompressed distance of two restart points, MIN_SPACING
-    to MAX_SPACING; digests come at a quarter of it. on_data gets the uncompressed bytes in order, on_span each finished span (number, all its bytes);
-    both are called from one other thread, and the views are valid during the call only. What they raise comes out of
-    `feed` or `finish`. Use it in a `with` block, or call `close`, so that no thread is left when the bytes stop coming.
+    to MAX_SPACING; digests come at a quarter of it. on_data gets the uncompressed bytes in order, on_span each finished
+    span (number, all its bytes); both are called from one other thread, and the views are valid during the call only.
+    What they raise comes out of `feed` or `finish`. Use it in a `with` block, or call `close`, so that no thread is
+    left when the bytes stop coming.
 
     Equal bytes and equal spacing give equal tables.
     """
