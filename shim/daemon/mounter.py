@@ -94,6 +94,24 @@ def _unmount(target: str) -> None:
         syscalls.umount2(target, syscalls.MNT_DETACH)  # somebody's cwd: the superblock goes when they do
 
 
+def sweep_containers(run_dir: str, state_dir: str) -> list[str]:
+    """Take away what containers left that are gone without a word (shim/runtime/cleanup.py). Returns the directories."""
+    from shim.runtime import cleanup
+    from shim.runtime.config import Config
+
+    compiled = {
+        "run_dir": run_dir,
+        "state_dir": state_dir,
+        "runtimes": [],
+        "reference": {},
+        "trust_paths": [],
+        "mount_deadline": 1,
+        "daemon_command": [],
+        "launcher": "",
+    }
+    return cleanup.sweep(Config(compiled, {}))
+
+
 def clear_stale(run_dir: str) -> list[str]:
     """Detach what a dead daemon left below RUN: its trees, then its blobs. Returns the paths.
 

@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from shim.fuse.server import BlobServer
 from shim.settings import Settings
 
 _REAP_SECONDS = 5.0
+_SWEEP_SECONDS = 60.0
 _SHOWN = 1024  # characters of a reference in a message
 
 
@@ -69,6 +71,7 @@ class Daemon:
         for directory in (run, settings.state_dir):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.chmod(directory, 0o700)
+        self._next_sweep = 0.0
         self._lock_fd = _exclusive(run / "daemon.lock")
         jobs.start()
         blobs = run / "blobs"
@@ -101,8 +104,16 @@ class Daemon:
     def tick(self) -> None:
         try:
             self._trees.reap()
+            if time.monotonic() >= self._next_sweep:
+                self._sweep()
         except ShimError as error:
             log.warning("reaping failed", error=str(error))
+
+    def _sweep(self) -> None:
+        self._next_sweep = time.monotonic() + _SWEEP_SECONDS
+        run, state = str(self._settings.run_dir), str(self._settings.state_dir)
+        for directory in jobs.run(60, mounter.sweep_containers, run, state):
+            log.info("cleaned up after a container that is gone", directory=directory)
 
     def stop(self) -> int:
         """Unmount what nobody uses and end. What is in use stays mounted; its uncached reads fail until a start."""
