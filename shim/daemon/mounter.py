@@ -95,7 +95,7 @@ def _unmount(target: str) -> None:
 
 
 def sweep_containers(run_dir: str, state_dir: str) -> list[str]:
-    """Take away what containers left that are gone without a word (shim/runtime/cleanup.py). Returns the directories."""
+    """Take away what containers left that are gone (shim/runtime/cleanup.py). Returns the directories."""
     from shim.runtime import cleanup
     from shim.runtime.config import Config
 

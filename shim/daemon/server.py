@@ -107,7 +107,7 @@ class Daemon:
             if time.monotonic() >= self._next_sweep:
                 self._sweep()
         except ShimError as error:
-            log.warning("reaping failed", error=str(error))
+            log.warning("housekeeping failed", error=str(error))
 
     def _sweep(self) -> None:
         self._next_sweep = time.monotonic() + _SWEEP_SECONDS
