@@ -259,7 +259,7 @@ def test_a_disk_that_refuses_leaves_reads_in_memory(
     woken: list[int] = []
     lines: list[str] = []
     monkeypatch.setattr(log, "error", lambda event, **_: lines.append(event))
-    cache = LayerCache(tmp_path, memory_bytes=200_000, on_full=lambda: woken.append(1))
+    cache = LayerCache(tmp_path, memory_bytes=40_000, on_full=lambda: woken.append(1))
     layer = cache.layer(sample.diff_id, sample.spans)
     layer.publish(0, span_bytes(sample, 0))
     faultpoint.hook = failing_writes(code)
@@ -269,7 +269,7 @@ def test_a_disk_that_refuses_leaves_reads_in_memory(
     assert layer.read(edge, 50) == sample.data[edge : edge + 50]
     assert layer.states[4] == IN_MEMORY
     assert layer.states[1] == ABSENT  # pushed out: memory is bounded
-    assert cache.memory.used <= 200_000
+    assert cache.memory.used <= 40_000
     assert len(woken) == (code == errno.ENOSPC)
     faultpoint.hook = None
     assert layer.publish(1, span_bytes(sample, 1))

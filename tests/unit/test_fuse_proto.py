@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -235,17 +236,51 @@ def test_a_blob_that_misbehaves_gives_eio(
     kernel: tuple[socket.socket, BlobServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, server = kernel
-    lines: list[str] = []
+    lines: SimpleQueue[str] = SimpleQueue()  # written after the answer
     for level in ("error", "exception"):
-        monkeypatch.setattr(log, level, lambda event, **fields: lines.append(str(fields.get("cause", event))))
+        monkeypatch.setattr(log, level, lambda event, **fields: lines.put(str(fields.get("cause", event))))
     server.add(BrokenBlob())
     for unique, offset in enumerate((0, 4096, 12288, 16384)):
         body = proto.READ_IN.pack(1, offset, 4096, 0) + bytes(16)
         ours.send(request(proto.READ, unique, body, FIRST_NODE))
         assert proto.OUT_HEADER.unpack(ours.recv(4096)) == (16, -errno.EIO, unique)
-    assert lines == [
+    assert [lines.get(timeout=10) for _ in range(4)] == [
         "a FUSE request failed",
         "9 bytes came instead of 4096",
         "9 bytes came instead of 4096",
         "out of threads",
     ]
+
+
+class PunchedBlob(BrokenBlob):
+    """Bytes are taken away while they are read: what was read must not go out."""
+
+    name = b"punched"
+
+    def __init__(self, path: Path) -> None:
+        path.write_bytes(bytes(1 << 20))
+        self.data_fd = os.open(path, os.O_RDONLY)
+        self.reads = 0
+
+    def stamp(self, _offset: int, _size: int) -> int:
+        return 4
+
+    @property
+    def epoch(self) -> int:  # type: ignore[override]
+        self.reads += 1
+        return 5
+
+    def read_missing(self, _offset: int, size: int, done: Done) -> None:
+        done(b"R" * size)
+
+
+def test_bytes_that_were_taken_away_while_they_were_read_are_read_again(
+    kernel: tuple[socket.socket, BlobServer], tmp_path: Path
+) -> None:
+    ours, server = kernel
+    blob = PunchedBlob(tmp_path / "data")
+    server.add(blob)
+    ours.send(request(proto.READ, 2, proto.READ_IN.pack(1, 0, 4096, 0) + bytes(16), FIRST_NODE))
+    assert ours.recv(8192)[16:] == b"R" * 4096
+    assert blob.reads == 1
+    os.close(blob.data_fd)
