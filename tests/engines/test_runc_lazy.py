@@ -32,7 +32,7 @@ def clean(host: Host) -> Iterator[Host]:
 
 
 def run(host: Host, directory: Path, *options: str, **more: object) -> subprocess.CompletedProcess[str]:
-    return host.run(host.runtime, *options, "run", "--bundle", directory, directory.name, **more)  # type: ignore[arg-type]
+    return host.run(*host.oci, *options, "run", "--bundle", directory, directory.name, **more)  # type: ignore[arg-type]
 
 
 def test_runc_itself_works(clean: Host, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_separate_verbs(clean: Host, indexed: Indexed, tmp_path: Path) -> None:
         tmp_path / "v1", ["sh", "-c", "echo written >/data/new; exec sleep 1000"], index=indexed("small")
     )
     log = tmp_path / "log.json"
-    runtime = [clean.runtime, "--log", log, "--log-format", "json"]
+    runtime = [*clean.oci, "--log", log, "--log-format", "json"]
     pid_file = tmp_path / "pid"
     clean.start(*runtime, "create", "--bundle", made, "--pid-file", pid_file, "v1", log="create-v1").wait(60)
     assert json.loads(clean.output(*runtime, "state", "v1"))["status"] == "created", clean.logs()
@@ -206,17 +206,17 @@ def stalled(
         host.start_daemon()
         index = host.index(reference.replace(registry_address, proxy.address), "small")
         made = bundle.make(tmp_path / name, args, index=index)
-        child = host.start(host.runtime, "run", "--bundle", made, name, log="container")
+        child = host.start(*host.oci, "run", "--bundle", made, name, log="container")
         output = host.base / "log/container"
         try:
             wait_for("the container is ready", lambda: b"ready" in output.read_bytes() or child.poll() is not None)
             assert child.poll() is None, host.logs()
             proxy.stall()
-            host.run(host.runtime, "kill", name, "USR1")
+            host.run(*host.oci, "kill", name, "USR1")
             yield host, proxy, child
         finally:
             proxy.resume()
-            host.run(host.runtime, "delete", "--force", name, check=False)
+            host.run(*host.oci, "delete", "--force", name, check=False)
             child.wait(30)
 
 
@@ -228,7 +228,7 @@ def test_stalled_reader_dies_at_once(registry_address: str, pushed: Callable[[st
     with stalled(registry_address, pushed("small"), tmp_path, "s1", ["sh", "-c", script]) as (host, _, child):
         wait_for("the read is waiting", lambda: host.status()["waiting"])
         begin = time.monotonic()
-        host.run(host.runtime, "kill", "s1", "KILL")
+        host.run(*host.oci, "kill", "s1", "KILL")
         assert child.wait(20) == 128 + 9  # runc run ends with its container
         assert time.monotonic() - begin < 5
 
@@ -243,7 +243,7 @@ def test_signals_while_reading_are_no_errors(
         output = host.base / "log/container"
         wait_for("the read is waiting", lambda: host.status()["waiting"])
         for _ in range(5):
-            host.run(host.runtime, "kill", "s2", "USR2")
+            host.run(*host.oci, "kill", "s2", "USR2")
         assert host.status()["waiting"], "the read was given up"
         proxy.resume()
         wait_for("the read ends", lambda: b"code " in output.read_bytes())

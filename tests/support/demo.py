@@ -24,6 +24,7 @@ from tests.support.registry import Registry
 
 T = TypeVar("T")
 BOLD, DIM, GREEN, PLAIN = ("\033[1m", "\033[2m", "\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "", "", "")
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PYTHON = "import platform, json; print('hello from Python', platform.python_version(), 'in a lazily loaded container')"
 
 
@@ -65,7 +66,7 @@ def make_bundle(host: Host, index: Path, name: str, built_here: bool) -> Path:
 
 
 def run_container(host: Host, made: Path) -> str:
-    return host.output(host.runtime, "run", "--bundle", made, made.name, timeout=600)
+    return host.output(*host.oci, "run", "--bundle", made, made.name, timeout=600)
 
 
 def demo(stack: contextlib.ExitStack, given: str) -> None:
@@ -100,12 +101,19 @@ def demo(stack: contextlib.ExitStack, given: str) -> None:
     print(f"  ({100 * got / max(1, facts['image_bytes']):.0f} % of the image)")
 
 
+def _interrupt(*_: object) -> None:
+    """The first signal ends the demo; the ones after it (make sends another) must not end the cleaning up."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str]) -> int:
     if os.geteuid() != 0:
         print("demo: needs root, because it mounts: sudo make demo", file=sys.stderr)
         return 1
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(143))
+    for number in ENDING:
+        signal.signal(number, _interrupt)
     begin = time.monotonic()
     try:
         with contextlib.ExitStack() as stack:
@@ -114,6 +122,9 @@ def main(argv: list[str]) -> int:
         print("\ninterrupted; everything is cleaned up", file=sys.stderr)
         return 130
     except AssertionError as error:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a child noticed the interruption before us
+            print("\ninterrupted", file=sys.stderr)
+            return 130
         print(f"\ndemo failed: {error}", file=sys.stderr)
         return 1
     print(f"\n{DIM}done in {time.monotonic() - begin:.0f} s; nothing is left mounted or running{PLAIN}")

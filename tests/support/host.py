@@ -90,6 +90,8 @@ class Host:
 
     def __exit__(self, *_: object) -> None:
         """End what was started, undo the mounts, remove the directory. Fails if something survives."""
+        for container in self.base.glob("oci/*"):  # what a test or an interruption left
+            self.run(*self.oci, "delete", "--force", container.name, check=False)
         ended = [(child, stop(child)) for child in reversed(self._children)]
         problems = [f"had to kill {child.args!r}" for child, well in ended if not well]
         self._end_rest()
@@ -170,6 +172,11 @@ class Host:
             path.write_text(f'#!/bin/sh\n{exports}exec {shlex.quote(self.runtime_path())} "$@"\n')
             path.chmod(0o755)
         return path
+
+    @property
+    def oci(self) -> list[str | Path]:
+        """How bare containers of this host are run: the runtime, with a state directory of its own."""
+        return [self.runtime, "--root", self.base / "oci"]
 
     def start_daemon(self) -> subprocess.Popen[bytes]:
         """The daemon, in this host's namespace; returns when it answers."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -82,7 +83,13 @@ def main(argv: list[str]) -> int:
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
     before = leaks.snapshot()
     summary, good = [], True
+    interrupted: list[int] = []  # pytest gets a terminal's Ctrl-C too and cleans up; killing it would leave mounts
+    signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
     for tier in args.tier or TIERS:
+        if interrupted:
+            summary.append(f"{tier:<8}           not run: interrupted")
+            good = False
+            continue
         start = time.monotonic()
         line, passed = run_tier(tier, arguments)
         summary.append(f"{tier:<8} {time.monotonic() - start:6.1f} s  {line}")
