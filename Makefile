@@ -7,8 +7,7 @@ SHELL := /bin/bash
 
 HERE := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 VENV := $(HERE)/.venv
-PYTHON ?= $(shell for p in /usr/bin/python3 /usr/bin/python3.1[1-9]; do \
-	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+PYTHON ?=
 IMAGE ?=
 ARGS ?=
 
@@ -39,8 +38,10 @@ venv: $(VENV)/.installed ## install Debian packages (as root, if missing) and ma
 
 $(VENV)/.installed: $(HERE)/pyproject.toml $(HERE)/packaging/install-deps.sh
 	@'$(HERE)/packaging/install-deps.sh'
-	@[[ -n '$(PYTHON)' ]] || { echo "clip-shim needs Python 3.11 or newer in /usr/bin" >&2; exit 1; }
-	@[[ -x '$(VENV)/bin/python' ]] || '$(PYTHON)' -m venv '$(VENV)'
+	@[[ -x '$(VENV)/bin/python' ]] || for python in $(PYTHON) /usr/bin/python3 /usr/bin/python3.1{1..9} none; do \
+		[[ $$python != none ]] || { echo "clip-shim needs Python 3.11 or newer in /usr/bin" >&2; exit 1; }; \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			"$$python" -m venv '$(VENV)'; break; fi; done
 	@'$(VENV)/bin/python' -m pip install --quiet --disable-pip-version-check -e '$(HERE)[dev]'
 	@touch '$@'
 

@@ -45,4 +45,10 @@ wanted=()
 for package in "${missing[@]}"; do # docker-cli does not exist before Debian 13
     if [[ $package != docker-cli ]] || apt-cache show docker-cli >/dev/null 2>&1; then wanted+=("$package"); fi
 done
-apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 "${wanted[@]}"
+echo "installing: ${wanted[*]}"
+log=$(mktemp)
+apt-get install -y -q --no-install-recommends -o Dpkg::Use-Pty=0 "${wanted[@]}" >"$log" 2>&1 || {
+    cat "$log" >&2
+    exit 1
+}
+rm -f "$log"
