@@ -40,12 +40,12 @@ def padded(size: int) -> int:
 class CachedLayer:
     """The verified spans of one layer with one span table.
 
-        STATE/cache/<diff id hex>-<table digest, first 16 hex>/
+        STATE/cache/<diff id hex>-<identity, first 16 hex>/     (store.layer_name)
             data         sparse, as long as the uncompressed layer rounded up to 512; span i at its own offset
             bitmap       which spans are there (bitmap.py)
             meta.json    diff id, table digest, sizes; its mtime is when the layer was last used
 
-    The table's digest is in the name: an index with another table for the same diff id has a cache of its own, so it
+    The identity covers the span table: an index with another table for the same diff id has a cache of its own, so it
     cannot put its bytes before others.
 
     States of a span (`states`, one byte each):
