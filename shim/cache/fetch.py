@@ -15,6 +15,7 @@ from shim import log
 from shim.cache import layer as states
 from shim.cache.faultpoint import fault
 from shim.cache.layer import CachedLayer
+from shim.cache.neighbours import Neighbours
 from shim.cache.pool import FetchPool
 from shim.cache.readahead import Readahead
 from shim.cache.transfer import Job, LayerStats, OpenRange, Transfer
@@ -106,6 +107,7 @@ class LazyLayer:
         self._runs = array("Q", (i for i in range(cached.count) if spans.kind(i) != Restart.CONTINUE))
         average = max(1, cached.length // max(1, len(self._runs)))
         self._readahead = Readahead(len(self._runs), readahead // average)
+        self._neighbours = Neighbours(len(self._runs) if readahead else 0)
         self._transfer = Transfer(
             cached,
             compression,
@@ -197,10 +199,24 @@ class LazyLayer:
 
     def _fetch_ahead(self, spans: range) -> None:
         runs = self._runs
+        for run in range(bisect_right(runs, spans[0]) - 1, bisect_right(runs, spans[-1])):
+            for guess in self._neighbours.read(run):
+                self._guess(guess)
         more = self._readahead.seen(bisect_right(runs, spans[0]) - 1, bisect_right(runs, spans[-1]) - 1)
         if more and not self._closed.is_set():
             stop = runs[more.stop] if more.stop < len(runs) else self.cached.count
             self._launch(range(runs[more.start], stop), ahead=True)
+
+    def _guess(self, run: int) -> None:
+        """Fetch a whole run that nobody asked for yet, and have its readers seen (see Neighbours)."""
+        first = self._runs[run]
+        stop = self._spans.run_end(first)
+        spans = range(first, stop)
+        if self._closed.is_set() or any(i in self._flights or self.cached.states[i] != states.ABSENT for i in spans):
+            self._neighbours.dropped(run)
+            return
+        self._launch_run(first, ahead=True)
+        self._flights[first].marks.update(spans)
 
     def _launch(self, wanted: Sequence[int], *, ahead: bool) -> None:
         """Start or extend jobs for spans that are neither here nor coming."""
@@ -218,7 +234,7 @@ class LazyLayer:
             if flight is None:
                 self.cached.mark(wanted[0], wait=False)
             elif wanted[0] not in self._waiters:
-                flight.mark = wanted[0]
+                flight.marks.add(wanted[0])
 
     def _launch_run(self, span: int, ahead: bool) -> None:
         start, stop = self._spans.restart(span), self._spans.run_end(span)
@@ -278,7 +294,7 @@ class LazyLayer:
                     waiter.pieces[span] = data[max(0, waiter.offset - low) : waiter.offset + waiter.size - low]
                 if not waiter.missing:
                     ready.append(waiter)
-        if job.mark == span and not waiters:
+        if span in job.marks and not waiters:
             self.cached.mark(span)
         for waiter in ready:
             self._deliver(waiter)

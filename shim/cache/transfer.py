@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from shim import log
@@ -49,7 +49,7 @@ class Job:
     left: set[int]
     ahead: bool  # nobody waited when it was made
     local: bool = False  # hashes what is on disk; fetches nothing
-    mark: int = -1  # the span whose first reader asks for more
+    marks: set[int] = field(default_factory=set)  # spans whose first reader asks for more
 
 
 class Board(Protocol):

@@ -16,12 +16,12 @@ from shim.daemon.control import ControlServer, Session
 from shim.errors import TrustError
 
 
-@pytest.fixture()
+@pytest.fixture
 def released() -> threading.Event:
     return threading.Event()
 
 
-@pytest.fixture()
+@pytest.fixture
 def path(tmp_path: Path, released: threading.Event) -> Iterator[Path]:
     def take(session: Session, _request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         session.on_close.append(released.set)
