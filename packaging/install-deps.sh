@@ -18,9 +18,9 @@ for package in "${packages[@]}"; do
     [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
 done
 command -v docker >/dev/null || missing+=(docker-cli) # Debian 13 has the client in a package of its own
-/usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    command -v python3.11 >/dev/null || missing+=(python3.11 python3.11-venv)
-}
+if [[ -x /usr/bin/python3 ]] && ! /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    command -v python3.11 >/dev/null || missing+=(python3.11 python3.11-venv) # Ubuntu 22.04 has both
+fi
 ((${#missing[@]})) || exit 0
 
 if ((EUID != 0)); then
