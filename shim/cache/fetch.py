@@ -215,7 +215,7 @@ class LazyLayer:
         if self._closed.is_set() or any(i in self._flights or self.cached.states[i] != states.ABSENT for i in spans):
             self._neighbours.dropped(run)
             return
-        self._launch_run(first, ahead=True)
+        self._launch_run(first, ahead=True, join=True)
         self._flights[first].marks.update(spans)
 
     def _launch(self, wanted: Sequence[int], *, ahead: bool) -> None:
@@ -236,12 +236,13 @@ class LazyLayer:
             elif wanted[0] not in self._waiters:
                 flight.marks.add(wanted[0])
 
-    def _launch_run(self, span: int, ahead: bool) -> None:
+    def _launch_run(self, span: int, ahead: bool, join: bool = False) -> None:
+        """join: also behind a job that somebody waits for: it answers them first, and one request is enough."""
         start, stop = self._spans.restart(span), self._spans.run_end(span)
         mine = {i for i in range(start, stop) if i not in self._flights and self.cached.states[i] == states.ABSENT}
         for queued in self._queued:
             length = self._spans.ustart(stop) - self._spans.ustart(queued.first)
-            if queued.stop == start and queued.ahead == ahead and length <= _JOB_BYTES:
+            if queued.stop == start and (queued.ahead == ahead or join) and length <= _JOB_BYTES:
                 job = queued
                 job.stop = stop
                 job.left |= mine
@@ -283,7 +284,7 @@ class LazyLayer:
                 del self._flights[span]
             waiters = self._waiters.pop(span, [])
             if not job.local:
-                ahead = job.ahead and not waiters
+                ahead = (job.ahead or span in job.marks) and not waiters
                 self._transfer.stats.readahead += ahead
                 self._transfer.stats.demand += not ahead
             volatile = not kept or self.cached.states[span] == states.IN_MEMORY  # may be pushed out before it is read

@@ -17,6 +17,7 @@ from shim.errors import DaemonError, ShimError
 _MAX_LINE = 1 << 16  # bytes; a request names one container
 _MAX_FDS = 4
 _MAX_CONNECTIONS = 512
+_RETRY_SECONDS = 0.1
 
 Answer = dict[str, Any]
 Handler = Callable[["Session", dict[str, Any], list[int]], Answer]
@@ -36,34 +37,44 @@ class Session:
 class ControlServer:
     """Serves RUN/control.sock. One thread a connection; connections are short, or wait in one acquire.
 
-    Only root of the initial user namespace may talk: the socket is 0600 in a 0700 directory, and a peer whose uid is
-    not 0 as *we* see it (which is what SO_PEERCRED gives, also across user namespaces) is refused.
+    Only root of our own user namespace may talk: the socket is 0600 in a 0700 directory, and a peer is refused whose
+    uid is not 0 as *we* see it (which is what SO_PEERCRED gives, also across user namespaces), or that was in another
+    user namespace, one where our uid 0 is mapped, when it connected.
     """
 
     def __init__(self, path: Path, handlers: dict[str, Handler]) -> None:
         self._path = path
         self._handlers = handlers
         self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        self._closed = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path.unlink(missing_ok=True)
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         old = os.umask(0o177)
         try:
-            self._socket.bind(str(path))
+            self._socket.bind(f"/proc/self/fd/{directory}/{path.name}")  # a socket's own path may have 107 bytes only
         finally:
             os.umask(old)
+            os.close(directory)
         self._socket.listen(256)
 
     def serve(self) -> None:
         """Accept until `close`; runs in a thread of its own."""
-        while True:
+        while not self._closed.is_set():
+            self._slots.acquire()
+            connection = None
             try:
                 connection, _ = self._socket.accept()
-            except OSError:
-                return  # closed
-            self._slots.acquire()
-            threading.Thread(target=self._connection, args=(connection,), name="control", daemon=True).start()
+                threading.Thread(target=self._connection, args=(connection,), name="control", daemon=True).start()
+            except (OSError, RuntimeError) as error:  # closed; or files, memory or threads ran out, for now
+                self._slots.release()
+                if connection is not None:
+                    connection.close()
+                if not self._closed.wait(_RETRY_SECONDS):
+                    log.error("a control connection was not taken", error=str(error))
 
     def close(self) -> None:
+        self._closed.set()
         self._path.unlink(missing_ok=True)
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -84,7 +95,7 @@ class ControlServer:
 
     def _converse(self, connection: socket.socket, session: Session) -> None:
         pid, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid != 0:
+        if uid != 0 or _is_foreign(pid):
             connection.sendall(_line(_failure(DaemonError("only root may talk to the daemon", hint="use sudo"))))
             log.warning("control connection refused", pid=pid, uid=uid)
             return
@@ -126,6 +137,14 @@ class ControlServer:
         except Exception as error:  # noqa: BLE001  one bad request must not end the daemon; the trace goes to the log
             log.exception("request failed")
             return _failure(DaemonError(f"internal error: {type(error).__name__}: {error}"))
+
+
+def _is_foreign(pid: int) -> bool:
+    """Whether a process is in another user namespace than we are; False if it is gone."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/user") != os.readlink("/proc/self/ns/user")
+    except OSError:
+        return False
 
 
 def _failure(error: ShimError) -> Answer:

@@ -5,13 +5,17 @@ Two reasons. (1) CPU-bound Python (index decode, EROFS build) would take the GIL
 answers: a process that dies with such a thread stays unreaped. A job that passes its deadline is killed and left to the
 fork server.
 
-Jobs are forked by multiprocessing's fork server, which has the needed modules imported: about 15 ms a job.
+Jobs are forked by multiprocessing's fork server, which has the needed modules imported: about 15 ms a job. The fork
+server ends when the server does, also by SIGKILL, and a job ends with the fork server (PR_SET_PDEATHSIG): no job of a
+dead daemon goes on beside those of its successor.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable
 from multiprocessing import forkserver  # type: ignore[attr-defined,unused-ignore]
@@ -28,7 +32,7 @@ _context = multiprocessing.get_context("forkserver")
 
 def start() -> None:
     """Start the fork server now (it imports the job modules in the background)."""
-    _context.set_forkserver_preload(["shim.daemon.prepare", "shim.daemon.mounter"])
+    _context.set_forkserver_preload(["shim.daemon.prepare", "shim.daemon.mounter", "shim.daemon.naming"])
     forkserver.ensure_running()
 
 
@@ -40,11 +44,16 @@ def run(deadline: float, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ours, theirs = _context.Pipe(duplex=False)
     name = func.__name__.replace("_", " ")
     process = _context.Process(target=_child, args=(theirs, func, args, kwargs), daemon=True)
-    process.start()
-    theirs.close()
+    try:
+        process.start()
+    except (OSError, EOFError) as error:
+        ours.close()
+        raise DaemonError(f"{name} cannot be started: {error}", hint="memory, processes or files ran out") from error
+    finally:
+        theirs.close()
     try:
         if not ours.poll(deadline):
-            raise DaemonError(f"{name} took longer than {deadline:g} s and was stopped", hint=_SLOW)
+            raise DaemonError(f"{name} took longer than {deadline:.3g} s and was stopped", hint=_SLOW)
         kind, value = ours.recv()
     except EOFError:
         process.join(1)
@@ -64,7 +73,14 @@ def run(deadline: float, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
 _SLOW = "the registry or the disk is slow: see `clip-shim status --waiting`, or raise `mount_deadline`"
 
 
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+
+
 def _child(answer: Connection, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    server = multiprocessing.parent_process()
+    if server is None or not server.is_alive():
+        os._exit(1)  # it died before the line above
     gc.disable()  # short-lived, and a tree of 100,000 nodes is no garbage: a sixth of the time
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

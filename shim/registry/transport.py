@@ -7,6 +7,7 @@ before it needs a network. No error text holds a query string, a header value or
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -85,7 +86,10 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
-        return None
+        try:  # what getaddrinfo(3) takes besides: 127.1, 0x7f000001, 2130706433, 0177.0.0.1
+            return ipaddress.IPv4Address(socket.inet_aton(text.rstrip(".")))
+        except (OSError, UnicodeError):
+            return None
     return getattr(address, "ipv4_mapped", None) or address
 
 
