@@ -99,6 +99,7 @@ class LazyLayer:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
+        self._fetching = 0  # jobs that run
         self._using = 0  # threads that read the data file; `close` waits for them
         self._flights: dict[int, Job] = {}
         self._waiters: dict[int, list[_Waiter]] = {}
@@ -150,6 +151,12 @@ class LazyLayer:
             ready = self._attend(waiter)
         if ready and not self._pool.local.submit(self, lambda: self._deliver(waiter)):
             done(DaemonError("the daemon is stopping"))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a fetch runs or is to come: it reads the span table, so this is no time to close that."""
+        with self._lock:
+            return bool(self._flights or self._fetching)
 
     def trouble(self) -> str:
         """What holds reads up: the source and the last error, "" when nothing waits or everything moves."""
@@ -260,7 +267,12 @@ class LazyLayer:
         with self._lock:
             if job in self._queued:
                 self._queued.remove(job)
-        self._transfer.run(job)
+            self._fetching += 1
+        try:
+            self._transfer.run(job)
+        finally:
+            with self._lock:
+                self._fetching -= 1
 
     def _check(self, job: Job) -> None:
         """Hash a span that a former process left; fetch it if it is not what it should be."""
