@@ -116,12 +116,14 @@ STREAMS: dict[str, tuple[Compression, Callable[[bytes], bytes]]] = {
 def scan(
     stream: bytes, spacing: int = SPACING, piece: int = 1 << 20, compression: Compression | None = None
 ) -> ScanResult:
-    """Scan a stream fed in pieces of `piece` bytes."""
-    with LayerScanner(compression, spacing, ignore) as scanner:
+    """Scan a stream that reaches the decoder in pieces of `piece` bytes."""
+    kind = type("Scanner", (LayerScanner,), {"piece_size": piece})
+    with kind(compression, spacing, ignore) as scanner:
         reader = io.BytesIO(stream)
         while chunk := reader.read(piece):
             scanner.feed(chunk)
-        return scanner.finish()
+        result: ScanResult = scanner.finish()
+        return result
 
 
 def ignore(_: memoryview) -> None:
