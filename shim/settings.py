@@ -18,20 +18,28 @@ from shim.errors import ConfigError
 DEFAULT_CONFIG = Path("/etc/clip-shim/config.yaml")
 
 
+_MAX_DIGITS = 15
+
+
 def _size(value: object) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    match = re.fullmatch(r"(\d+)\s*([kmgt]?)(i?b)?", str(value).strip().lower())
-    if not match:
+    match = re.fullmatch(r"([0-9]+)\s*([kmgt]?)(i?b)?", str(value).strip().lower())
+    if not match or isinstance(value, bool) or len(match[1]) > _MAX_DIGITS:
         raise ValueError("a size such as 512MiB or 10G")
     return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[match[2]]
 
 
 def _seconds(value: object) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)", str(value).strip().lower())
-    if not match:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d|)", str(value).strip().lower())
+    if not match or len(match[1]) > _MAX_DIGITS:
         raise ValueError("a duration such as 500ms, 60s or 5m")
     return float(match[1]) * {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def _deadline(value: object) -> float:
+    seconds = _seconds(value)
+    if not 0.1 <= seconds <= 3600:
+        raise ValueError("a duration from 100ms to 1h")
+    return seconds
 
 
 def _bool(value: object) -> bool:
@@ -43,23 +51,30 @@ def _bool(value: object) -> bool:
     raise ValueError("true or false")
 
 
-def _int(value: object) -> int:
-    if isinstance(value, bool):
-        raise ValueError("a whole number")
-    return int(str(value))
+def _threads(value: object) -> int:
+    match = re.fullmatch(r"[0-9]{1,3}", str(value).strip())
+    if not match or not 1 <= int(match[0]) <= 256:
+        raise ValueError("a whole number from 1 to 256")
+    return int(match[0])
 
 
 def _text(value: object) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.isprintable():
         raise ValueError("a text")
     return value
 
 
 def _path(value: object) -> str:
-    text = _text(value)
-    if not text.startswith("/"):
+    if not isinstance(value, str) or not value.startswith("/") or not value.isprintable():
         raise ValueError("an absolute path")
-    return text
+    return value
+
+
+def _directory(value: object) -> str:
+    path = os.path.normpath(_path(value))
+    if path.strip("/") == "":
+        raise ValueError("an absolute path to a directory of our own")
+    return path
 
 
 def _paths(value: object) -> tuple[str, ...]:
@@ -88,6 +103,8 @@ def _choice(*allowed: str) -> Callable[[object], str]:
 def _table(value: object) -> dict[str, Any]:
     if value is None:
         return {}
+    if isinstance(value, str):
+        raise ValueError("a table in the configuration file")
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("a table")
     return dict(value)
@@ -106,8 +123,8 @@ class Setting:
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting("state_dir", _path, "/var/lib/clip-shim", "what survives a reboot: cache, trees, indexes, uppers"),
-    Setting("run_dir", _path, "/run/clip-shim", "what does not: sockets, mounts, state of running containers"),
+    Setting("state_dir", _directory, "/var/lib/clip-shim", "what survives a reboot: cache, trees, indexes, uppers"),
+    Setting("run_dir", _directory, "/run/clip-shim", "what does not: sockets, mounts, state of running containers"),
     Setting(
         "runtimes",
         _texts,
@@ -120,10 +137,10 @@ SETTINGS: tuple[Setting, ...] = (
         "auto",
         "how a tree is mounted; auto takes the best that works here",
     ),
-    Setting("read_deadline", _seconds, "60s", "how long a read may wait for the registry before it gets EIO"),
-    Setting("mount_deadline", _seconds, "30s", "how long a create may wait for its tree"),
+    Setting("read_deadline", _deadline, "60s", "how long a read may wait for the registry before it gets EIO"),
+    Setting("mount_deadline", _deadline, "30s", "how long a create may wait for its tree"),
     Setting("tree_linger", _seconds, "5m", "how long a tree stays mounted after its last user"),
-    Setting("fetch.threads", _int, 8, "how many ranges are fetched at once"),
+    Setting("fetch.threads", _threads, 8, "how many ranges are fetched at once"),
     Setting("fetch.readahead", _size, "8MiB", "how far sequential reads are fetched ahead, uncompressed bytes"),
     Setting("reference.annotation", _bool, True, "accept the annotation io.clip.index"),
     Setting("reference.bundle", _bool, True, "accept index.clip in the bundle directory"),
@@ -179,8 +196,10 @@ def _flatten(data: Mapping[str, object], prefix: str, where: str) -> dict[str, o
         key = prefix + str(name)
         if key in BY_KEY:
             flat[key] = value
-        elif key in groups and isinstance(value, dict):
-            flat |= _flatten(value, key + ".", where)
+        elif key in groups and (value is None or isinstance(value, dict)):  # None: all its keys are comments
+            flat |= _flatten(value or {}, key + ".", where)
+        elif key in groups:
+            raise ConfigError(f"{where}: `{key}` must be a table")
         else:
             near = difflib.get_close_matches(key, [*BY_KEY, *groups], n=1)
             hint = f"did you mean `{near[0]}`?" if near else None
@@ -201,7 +220,7 @@ def load(
     file = named or DEFAULT_CONFIG
     if named is not None or file.exists():
         raw |= {key: (value, str(file)) for key, value in _read_yaml(file).items()}
-    raw |= {s.key: (env[s.env], s.env) for s in SETTINGS if s.env in env and s.parse is not _table}
+    raw |= {s.key: (env[s.env], s.env) for s in SETTINGS if s.env in env}
     raw |= {key: (value, "flag") for key, value in (flags or {}).items() if value is not None}
     values: dict[str, Any] = {}
     for key, (value, where) in raw.items():

@@ -31,6 +31,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     loaded = settings.load(args.file if args.what == "check" else None)
     if args.what == "check":
+        from shim.registry.hosts import Hosts
+
+        Hosts(loaded["registries"])
         print("the configuration is valid")
         return 0
     from shim.cli.runtime_path import ensure_launcher

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -20,10 +21,14 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 
 def run(args: argparse.Namespace) -> int:
-    arguments = ["--config", str(args.config)] if args.config else []
     from shim import settings
 
     loaded = settings.load(args.config)
+    arguments = ["--config", str(args.config.absolute())] if args.config else []
+    if "CLIP_SHIM_CONFIG" in os.environ:
+        os.environ["CLIP_SHIM_CONFIG"] = os.path.abspath(os.environ["CLIP_SHIM_CONFIG"])
+    # A daemon keeps no directory busy; and what it starts (`python -m …`) would import from the current one first.
+    os.chdir("/")
     if args.supervise:
         from shim.daemon.supervise import supervise
 

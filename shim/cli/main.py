@@ -56,12 +56,15 @@ def main(argv: list[str] | None = None) -> int:
 
         return runtime_main(args)
     debug = "--debug" in args
+    words = [word for word in args if word != "--debug"]
     try:
         if verb not in VERBS:
             build_parser().print_help()
             return 0
-        namespace = build_parser(verb).parse_args(args)
-        return int(namespace.run(namespace))
+        namespace = build_parser(verb).parse_args(words)
+        code = int(namespace.run(namespace))
+        sys.stdout.flush()  # a full disk or a closed pipe is noticed here, not at exit
+        return code
     except ShimError as error:
         return report(error, debug)
     except KeyboardInterrupt:
@@ -73,14 +76,17 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return report(ShimError(f"{where}{error.strerror or error}"), debug)
+    except Exception as error:  # noqa: BLE001  a defect: people get one line too, and the way to the rest
+        hint = "this is a defect in clip-shim: the same with --debug shows where"
+        return report(ShimError(f"{type(error).__name__}: {error}", hint=hint), debug, error)
 
 
-def report(error: ShimError, debug: bool) -> int:
-    """Print an error as people see all of ours, and give its exit code."""
+def report(error: ShimError, debug: bool, cause: BaseException | None = None) -> int:
+    """Print an error as people see all of ours, and give its exit code. cause: what the traceback is of, if another."""
     if debug:
         import traceback
 
-        traceback.print_exception(error)
+        traceback.print_exception(cause or error)
     print(f"error: {error}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)

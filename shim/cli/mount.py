@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
 
     from shim.cli.client import connect_or_start
     from shim.errors import MountError, UsageError
-    from shim.mount import syscalls
+    from shim.mount import mountinfo, syscalls
 
     if not args.directory.is_dir():
         raise UsageError(f"{args.directory} is not a directory", hint="make it first with mkdir")
@@ -31,10 +31,17 @@ def run(args: argparse.Namespace) -> int:
     with closing(connect_or_start()) as connection:
         request = {"v": 1, "op": "acquire", "source": "mount", "value": str(args.index.absolute())}
         answer = connection.request(request, fd)
+        tree = answer["tree"]
+        if mountinfo.at(tree) is None:
+            raise MountError(
+                f"the daemon mounted the tree at {tree}, which is not to be seen here",
+                hint="daemon and command run in different mount namespaces: `nsenter -t 1 -m clip-shim mount …`",
+            )
         # A clone has a life of its own: the daemon may unmount its tree, ours stays until `umount`.
         try:
-            clone = syscalls.open_tree(answer["tree"], syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC)
+            clone = syscalls.open_tree(tree, syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC)
             syscalls.attach(clone, str(args.directory.resolve()))
+            os.close(clone)
         except OSError as error:
             raise MountError(f"cannot mount on {args.directory}: {error.strerror}") from error
     return 0

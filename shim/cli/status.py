@@ -22,7 +22,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 
 def run(args: argparse.Namespace) -> int:
-    answer = ask({"v": 1, "op": "status"})
+    answer = ask({"v": 1, "op": "status", "files": args.waiting})
     answer.pop("ok", None)
     if args.json:
         json.dump(answer, sys.stdout, indent=2)
@@ -50,7 +50,7 @@ def _table(answer: dict[str, Any]) -> None:
         )
     print(f"containers {len(answer['containers'])}")
     for container in answer["containers"]:
-        print(f"  {container['rootfs']}  {container['index'][:19]}")
+        print(f"  {container['id'] or '-'}  {container['rootfs']}  {container['index'][:19]}")
     if answer["waiting"]:
         print(f"{len(answer['waiting'])} reads wait for the registry: see `clip-shim status --waiting`")
 
@@ -60,8 +60,9 @@ def _waiting(rows: list[dict[str, Any]]) -> None:
         print("no read is waiting")
     for row in rows:
         print(
-            f"pid {row['pid']}  layer {row['layer'][:12]}  offset {row['offset']}  {row['size']} bytes  "
-            f"{row['age']:.1f} s"
+            f"pid {row['pid']}  {row['container'] or row['process'] or '-'}  {row['file'] or '-'}  "
+            f"layer {row['layer'].removeprefix('sha256:')[:12]}  offset {row['offset']}  {row['size']} bytes  "
+            f"{row['age']:.1f} s  {row['trouble'] or 'waiting'}"
         )
 
 

@@ -53,7 +53,7 @@ def run(deadline: float, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
         theirs.close()
     try:
         if not ours.poll(deadline):
-            raise DaemonError(f"{name} took longer than {deadline:.3g} s and was stopped", hint=_SLOW)
+            raise DaemonError(f"{name} took longer than {deadline:.3g} s and was stopped", hint=SLOW)
         kind, value = ours.recv()
     except EOFError:
         process.join(1)
@@ -70,7 +70,7 @@ def run(deadline: float, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     return result
 
 
-_SLOW = "the registry or the disk is slow: see `clip-shim status --waiting`, or raise `mount_deadline`"
+SLOW = "the registry or the disk is slow: see `clip-shim status --waiting`, or raise `mount_deadline`"
 
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from typing import Any
 from shim import log
 from shim.cache.fetch import LazyLayer
 from shim.cache.pool import FetchPool
-from shim.cache.store import LayerCache
-from shim.errors import IntegrityError, RegistryError, ShimError, TrustError
+from shim.cache.store import LayerCache, layer_name
+from shim.daemon.trust import check_registry
+from shim.errors import CacheError, IntegrityError, RegistryError, ShimError
+from shim.fuse.blob import Waiting
 from shim.fuse.server import BlobServer
-from shim.index.model import Compression
 from shim.index.spanfile import SpanFile
 from shim.registry.client import RegistryClient
 from shim.registry.credentials import CredentialStore
@@ -27,6 +27,7 @@ from shim.registry.retry import RetryPolicy
 from shim.settings import Settings
 
 _IMPATIENT_SECONDS = 4.0
+_MAX_SOURCES = 16  # the latest repositories of a layer; one that serves for months sees many
 
 
 @dataclass(slots=True)
@@ -40,23 +41,43 @@ class Source:
     digest: str
     failed: float = 0.0
 
+    def is_same(self, other: Source) -> bool:
+        """Whether it is the same blob of the same repository, whatever the tag."""
+        return (self.ref.name, self.digest) == (other.ref.name, other.digest)
+
 
 @dataclass(slots=True)
 class ServedLayer:
-    """A blob file. `users`: hexes of the mounted trees over it. `sources`: the repositories of all trees it served."""
+    """A blob file. `users`: hexes of the mounted trees over it. `sources`: the repositories of the trees it served.
+    `places`: for messages, hex of an index that has the layer → its number there."""
 
     lazy: LazyLayer
     spans: SpanFile
     users: set[str] = field(default_factory=set)
     sources: list[Source] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
+
+    def note(self, tree: str, number: int, source: Source) -> None:
+        """One more tree over it."""
+        self.users.add(tree)
+        self.places.pop(tree, None)
+        self.places[tree] = number
+        if len(self.places) > _MAX_SOURCES:
+            del self.places[next(iter(self.places))]
+        if not any(known.is_same(source) for known in self.sources):
+            self.sources.append(source)
+            del self.sources[:-_MAX_SOURCES]
 
 
 class Layers:
     """Adds layers to the blob server and takes them away when nobody uses them.
 
-    Concurrency: `_lock` guards `_served`, `users` and `sources`. A layer without users stays while the kernel has its
-    file open (an overlay of a running container keeps a clone of the EROFS mount, which keeps the file); `sweep` looks
-    again. Only `sweep` and `close` take layers away.
+    Concurrency: `_lock` guards `_served`, what its items hold but for their LazyLayer, and `_pending`: names of layers
+    that are being opened or closed, which happens without the lock, since it touches the disk and every fetch takes the
+    lock; who wants such a layer waits. Taken before the locks of server, cache and LazyLayer, which never call us with
+    theirs held.
+    A layer without users stays while the kernel has its file open (an overlay of a running container keeps a clone of
+    the EROFS mount, which keeps the file) or a fetch is under way; `sweep` looks again. Only it takes layers away.
     """
 
     def __init__(self, settings: Settings, server: BlobServer) -> None:
@@ -79,7 +100,9 @@ class Layers:
             read_timeout=_IMPATIENT_SECONDS,
         )
         self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
         self._served: dict[str, ServedLayer] = {}
+        self._pending: set[str] = set()
 
     def warm(self) -> None:
         """Import what the first fetch needs: half a second that no container should wait for."""
@@ -87,46 +110,68 @@ class Layers:
 
     def add(self, tree: str, meta: dict[str, Any], directory: Path) -> None:
         """Serve all layers of a prepared tree. Raises TrustError or CacheError; then nothing was added for it."""
-        ref = ImageRef.parse(meta["image"])
+        ref = ImageRef.parse(meta["image"], local_paths=False)
         check_registry(ref.registry, self._settings["trust.registries"])
         try:
             for number, layer in enumerate(meta["layers"]):
-                self._add(tree, layer, directory / f"spans.{number}", Source(ref, layer["digest"]))
+                self._add(tree, number, layer, directory / f"spans.{number}", Source(ref, layer["digest"]))
         except BaseException:
             self.discard(tree)
             raise
 
-    def _add(self, tree: str, layer: dict[str, Any], span_path: Path, source: Source) -> None:
+    def _add(self, tree: str, number: int, layer: dict[str, Any], span_path: Path, source: Source) -> None:
         name = layer["blob"]
-        with self._lock:
+        with self._settled:
+            self._settled.wait_for(lambda: name not in self._pending)
             served = self._served.get(name)
-            if served is None:
-                spans = SpanFile(span_path)
-                served = self._served[name] = self._serve(name, layer, spans, source)
-            served.users.add(tree)
-            if not any((known.ref, known.digest) == (source.ref, source.digest) for known in served.sources):
-                served.sources.append(source)
+            if served is not None:
+                served.note(tree, number, source)
+                return
+            self._pending.add(name)
+        try:
+            served = self._serve(name, layer, span_path, source)
+            served.note(tree, number, source)
+        finally:
+            with self._settled:
+                self._pending.discard(name)
+                if served is not None:
+                    self._served[name] = served
+                self._settled.notify_all()
 
-    def _serve(self, name: str, layer: dict[str, Any], spans: SpanFile, source: Source) -> ServedLayer:
-        cached = self._cache.layer(layer["diff_id"], spans, spans.identity)
+    def _serve(self, name: str, layer: dict[str, Any], span_path: Path, source: Source) -> ServedLayer:
+        """Open a layer and show its blob. Raises CacheError (a damaged span file, no disk); nothing is left then."""
 
         @contextmanager
         def open_range(start: int, end: int) -> Iterator[Iterator[bytes]]:
             with self._open(name, start, end) as chunks:
                 yield chunks
 
-        lazy = LazyLayer(
-            node_id=self._server.node_id(name.encode()),
-            name=name.encode(),
-            compression=Compression(layer["compression"]),
-            cached=cached,
-            open_range=open_range,
-            pool=self._pool,
-            source=source.ref.registry,
-            readahead=self._settings["fetch.readahead"],
-            read_deadline=self._settings["read_deadline"],
-        )
-        self._server.add(lazy)
+        with ExitStack() as undo:
+            spans = SpanFile(span_path)
+            undo.callback(spans.close)
+            if layer_name(layer["diff_id"], spans.identity) != name:
+                raise CacheError(f"the span file {span_path} is not of the layer {name}")
+            cached = self._cache.layer(layer["diff_id"], spans, spans.identity)
+            undo.callback(self._cache.close_layer, cached)
+            try:
+                lazy = LazyLayer(
+                    node_id=self._server.node_id(name.encode()),
+                    name=name.encode(),
+                    compression=spans.compression,
+                    cached=cached,
+                    open_range=open_range,
+                    pool=self._pool,
+                    source=source.ref.registry,
+                    readahead=self._settings["fetch.readahead"],
+                    read_deadline=self._settings["read_deadline"],
+                )
+                self._server.add(lazy)
+            except OSError as error:
+                raise CacheError(
+                    f"cannot note the layer {name} in {self._settings.run_dir}: {error.strerror}",
+                    hint="is there space left in `run_dir`?",
+                ) from error
+            undo.pop_all()
         return ServedLayer(lazy, spans)
 
     @contextmanager
@@ -174,18 +219,42 @@ class Layers:
 
     def sweep(self) -> None:
         """Take away the layers that nobody uses. A source outlives its tree as long as anybody reads the layer."""
+        gone = {}
         with self._lock:
             for name, served in list(self._served.items()):
-                if not served.users and self._server.remove(served.lazy.node_id):
-                    del self._served[name]
-                    served.lazy.close()
-                    self._cache.close_layer(served.lazy.cached)
-                    served.spans.close()
-                    log.debug("layer no longer served", layer=name)
+                if not served.users and not served.lazy.is_busy and self._take_away(served.lazy.node_id):
+                    gone[name] = self._served.pop(name)
+                    self._pending.add(name)
+        for name, served in gone.items():
+            try:
+                served.lazy.close()
+                self._cache.close_layer(served.lazy.cached)
+                served.spans.close()
+                log.debug("layer no longer served", layer=name)
+            finally:
+                with self._settled:
+                    self._pending.discard(name)
+                    self._settled.notify_all()
 
-    def waiting(self) -> list[dict[str, Any]]:
-        """The reads that wait for a registry."""
-        return [asdict(item) for item in self._server.waiting()]
+    def _take_away(self, node_id: int) -> bool:
+        try:
+            return self._server.remove(node_id)
+        except OSError as error:  # it is gone from the server; only the journal could not say so
+            log.error("the journal of blobs cannot be written", error=str(error))
+            return True
+
+    def places(self, name: str) -> tuple[list[tuple[str, int]], list[str]]:
+        """For messages about a blob: (hex of an index that has the layer, its number there), the latest first, and the
+        registries it comes from."""
+        with self._lock:
+            served = self._served.get(name)
+            if served is None:
+                return [], []
+            return list(reversed(served.places.items())), sorted({source.ref.registry for source in served.sources})
+
+    def waiting(self) -> list[Waiting]:
+        """The reads that wait for a registry, oldest first."""
+        return self._server.waiting()
 
     def open_count(self) -> int:
         """How many layers the kernel has open."""
@@ -195,11 +264,14 @@ class Layers:
     def status(self) -> list[dict[str, Any]]:
         """The layers as `status --json` shows them."""
         with self._lock:
-            served = list(self._served.values())
-        return [
-            {**asdict(item.lazy.stats()), "open": self._server.open_count(item.lazy.node_id), "images": len(item.users)}
-            for item in served
-        ]
+            return [
+                {
+                    **asdict(item.lazy.stats()),
+                    "open": self._server.open_count(item.lazy.node_id),
+                    "images": len(item.users),
+                }
+                for item in self._served.values()
+            ]
 
     def traffic(self) -> dict[str, Any]:
         """Requests and bytes from registries since the start, by host and kind."""
@@ -213,30 +285,3 @@ class Layers:
         self._cache.close()
         self._client.close()
         self._impatient.close()
-
-
-def check_registry(registry: str, trusted: tuple[str, ...]) -> None:
-    """Raise TrustError unless `trust.registries` names the registry; "*" stands for all that are not this machine
-    (loopback) or its neighbours on the link, where metadata services live."""
-    if registry in trusted:
-        return
-    host = registry.rpartition(":")[0] if registry.rpartition(":")[2].isdigit() else registry
-    if host in trusted:
-        return
-    if "*" in trusted and not _is_local(host.strip("[]")):
-        return
-    raise TrustError(
-        f"the index leads to the registry {registry}, which `trust.registries` does not name",
-        hint=f"add {registry} to `trust.registries` in the configuration if you want that",
-    )
-
-
-def _is_local(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return any(a.is_loopback or a.is_link_local or a.is_unspecified for a in (address, mapped) if a is not None)

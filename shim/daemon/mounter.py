@@ -10,6 +10,7 @@ from typing import Any
 from shim.daemon import prepare
 from shim.errors import IntegrityError
 from shim.mount import mountinfo, syscalls
+from shim.mount.erofs import attach, detached_erofs
 
 
 def probe_tier(work: str) -> tuple[str, str]:
@@ -27,38 +28,42 @@ def build_and_mount(*, directory: str, blobs: str, names: list[str], **mount: An
 
 
 def mount_tree(image: str, blobs: str, names: list[str], target: str, tier: str, probes: list[dict[str, Any]]) -> None:
-    """Mount an EROFS image over its blob files at `target`, then compare first bytes with the layers'.
+    """Mount an EROFS image over its blob files at `target`, after comparing first bytes with the layers'.
 
     EROFS believes any device it is given (wrong ones give silently wrong bytes), so number, order and size
-    are checked before (shim/mount/erofs.py), and the probes after. Undone if anything fails.
+    are checked before (shim/mount/erofs.py), and the probes after. The mount is attached last: it goes with this
+    process if that is killed before.
     """
     devices = [os.path.join(blobs, name) for name in names]
-    if os.path.ismount(target):
-        _unmount(target)
-    os.makedirs(target, 0o700, exist_ok=True)
-    _mount(tier, image, devices, target)
+    make_way(target)
+    fd = _detached(tier, image, devices)
     try:
         for item in probes:
-            _compare(item, target, devices)
-    except BaseException:
-        _unmount(target)
-        raise
+            _compare(item, fd, devices)
+        attach(fd, target)
+    finally:
+        os.close(fd)
 
 
-def _mount(tier: str, image: str, devices: list[str], target: str) -> None:
+def make_way(target: str) -> None:
+    """The directory `target` exists and nothing is mounted there: a job or a process that was killed may have left it.
+    A dead FUSE mount answers even mkdir's look with an error, so the mounts go first."""
+    while unmount_tree(target):
+        pass
+    os.makedirs(target, 0o700, exist_ok=True)
+
+
+def _detached(tier: str, image: str, devices: list[str]) -> int:
     if tier == "erofs-loop":
-        from shim.mount.loop import mount_erofs_loop
+        from shim.mount.loop import detached_erofs_loop
 
-        mount_erofs_loop(image, devices, target)
-    else:
-        from shim.mount.erofs import mount_erofs
-
-        mount_erofs(image, devices, target)
+        return detached_erofs_loop(image, devices)
+    return detached_erofs(image, devices)
 
 
-def _compare(item: dict[str, Any], target: str, devices: list[str]) -> None:
-    path = target + os.fsdecode(os.fsencode(item["path"]))
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+def _compare(item: dict[str, Any], root: int, devices: list[str]) -> None:
+    path = os.fsencode(item["path"]).lstrip(b"/")
+    fd = syscalls.openat2(root, path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         shown = os.pread(fd, item["length"], 0)
     finally:
@@ -69,12 +74,15 @@ def _compare(item: dict[str, Any], target: str, devices: list[str]) -> None:
     finally:
         os.close(fd)
     if shown != held:
-        raise IntegrityError(f"the mounted tree shows other bytes for {item['path']} than layer {item['layer']} holds")
+        raise IntegrityError(
+            f"the mounted tree shows other bytes for {item['path']} than layer {item['layer']} holds",
+            hint="this should never be: keep `clip-shim status --json` and the files of the tree, and report it",
+        )
 
 
 def unmount_tree(target: str) -> bool:
     """Unmount a tree if it is mounted. Containers keep theirs: an overlay holds a clone of its own."""
-    if not any(entry.mount_point == os.fsencode(target) for entry in mountinfo.read()):
+    if mountinfo.at(os.path.realpath(target)) is None:
         return False
     _unmount(target)
     return True
@@ -118,10 +126,15 @@ def clear_stale(run_dir: str) -> list[str]:
     Nobody serves them any more, so nothing that could still be answered is lost. Overlays of running containers stay.
     """
     gone = []
-    prefix = os.fsencode(run_dir) + b"/"
-    for entry in reversed(list(mountinfo.read())):
-        below = entry.mount_point.startswith((prefix + b"trees/", prefix + b"blobs"))
+    prefix = os.fsencode(os.path.realpath(run_dir)) + b"/"
+    for entry in reversed(mountinfo.read()):
+        below = entry.mount_point.startswith(prefix + b"trees/") or entry.mount_point == prefix + b"blobs"
         if below and entry.fs_type in (b"erofs", b"fuse", b"fuse.clip-shim", b"fuse.clip-shim-tree"):
-            syscalls.umount2(os.fsdecode(entry.mount_point), syscalls.MNT_DETACH)
+            try:
+                syscalls.umount2(os.fsdecode(entry.mount_point), syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+            except OSError as error:
+                if error.errno in (errno.EINVAL, errno.ENOENT):
+                    continue  # somebody else was faster
+                raise
             gone.append(os.fsdecode(entry.mount_point))
     return gone

@@ -1,4 +1,8 @@
-"""The portable FUSE tree as the daemon sees it: a process of its own, one for each mounted tree."""
+"""The portable FUSE tree as the daemon sees it: a process of its own, one for each mounted tree.
+
+It ends by itself when the last mount of its tree is gone. It is not killed once it serves: a container in a mount
+namespace that we do not see, or a `clip-shim mount`, may live on it, also longer than this daemon.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,14 @@ from shim.errors import MountError
 
 @dataclass(slots=True)
 class PortableTree:
-    """A running `python -m shim.tree.portable`. It ends by itself when its mount goes."""
+    """A running `python -m shim.tree.portable`."""
 
     process: subprocess.Popen[bytes]
-    target: str
 
     @classmethod
     def start(cls, index: Path, blobs: str, names: list[str], target: str, deadline: float) -> PortableTree:
         """Start it and wait until the tree can be read. Raises MountError; then nothing is left."""
-        os.makedirs(target, 0o700, exist_ok=True)
+        jobs.run(10, mounter.make_way, target)
         reader, writer = os.pipe()
         command = [sys.executable, "-m", "shim.tree.portable", "--index", str(index), "--blobs", blobs]
         command += ["--ready-fd", str(writer), "--names", ",".join(names), target]
@@ -36,15 +39,11 @@ class PortableTree:
         if not said.startswith(b"READY"):
             process.kill()
             process.wait()
-            jobs.run(10, mounter.unmount_tree, target)
-            why = said.decode(errors="replace").strip() or f"no answer in {deadline:g} s"
+            jobs.run(10, mounter.make_way, target)
+            why = said.decode(errors="replace").strip() or f"no answer in {deadline:.3g} s"
             raise MountError(f"the portable tree did not start: {why}")
-        return cls(process, target)
+        return cls(process)
 
-    def stop(self) -> None:
-        """The tree is unmounted: wait for the process, which has nothing left to serve."""
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+    def has_ended(self) -> bool:
+        """Whether the process is gone; it is no zombie then."""
+        return self.process.poll() is not None

@@ -2,10 +2,12 @@
 
     index.clip        the index, as it was given (written by the daemon before the job)
     spans.<n>         layer n's span table (shim/index/spanfile.py)
-    image.erofs       the EROFS metadata image
+    image.erofs       the EROFS metadata image, with a seal behind it
     meta.json         everything else the daemon needs; written last: without it the directory counts as empty
 
-Every file is written under a temporary name and renamed, so the job can be killed anywhere and run again.
+Every file is written under a temporary name, synced and renamed, so the job can be killed anywhere and run again. A
+disk can still give back something else, and EROFS shows a damaged image without a word: so the image ends in a seal
+(format version, length, CRC-32), which is looked at before each mount, and span files carry a checksum of their own.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import json
 import os
 import posixpath
 import stat
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from shim.cache.store import layer_name
+from shim.erofs.chunks import ReadLayer
 from shim.erofs.writer import write_image
 from shim.errors import IndexFormatError
 from shim.index import codec
@@ -26,7 +31,11 @@ from shim.index.model import Index, Node, Tree
 from shim.index.spanfile import SpanFile, write_span_file
 
 META_VERSION = 1
+IMAGE_VERSION = 1  # raise it when shim/erofs writes other images: those that are kept are then made again
 _MAX_LINKS = 40  # Linux: MAXSYMLINKS
+_SEAL = struct.Struct("<8sIIQ488x")  # magic, image version, CRC-32 and length of what stands before; one block
+_SEAL_MAGIC = b"clipseal"
+_PIECE = 1 << 20
 
 
 def prepare_tree(directory: str, erofs: bool = True) -> dict[str, Any]:
@@ -36,6 +45,9 @@ def prepare_tree(directory: str, erofs: bool = True) -> dict[str, Any]:
     blob files, which are served only when the caller has the meta.
     """
     base = Path(directory)
+    for left in base.glob("*.tmp"):  # of a job that was killed
+        left.unlink(missing_ok=True)
+    (base / "image.erofs").unlink(missing_ok=True)  # of another version, or damaged
     index = codec.read_index(base / "index.clip")
     layers = []
     for number, layer in enumerate(index.layers):
@@ -65,6 +77,7 @@ def prepare_tree(directory: str, erofs: bool = True) -> dict[str, Any]:
     }
     if erofs:
         _try_image(base, index)
+    _sync_names(base)
     _commit(base / "meta.json", lambda out: out.write(json.dumps(meta).encode()))
     return meta
 
@@ -77,9 +90,9 @@ def _try_image(base: Path, index: Index) -> None:
         raise NeedsBytesError
 
     try:
-        _commit(base / "image.erofs", lambda out: write_image(index.tree, _sizes(index), out, refuse))
+        _commit(base / "image.erofs", lambda out: _write_sealed(out, index, refuse))
     except NeedsBytesError:
-        (base / "image.erofs.tmp").unlink()
+        pass
 
 
 def _sizes(index: Index) -> list[int]:
@@ -90,15 +103,27 @@ def read_meta(directory: Path) -> dict[str, Any] | None:
     """The meta of a directory that `prepare_tree` finished, else None."""
     try:
         meta = json.loads((directory / "meta.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return meta if isinstance(meta, dict) and meta.get("version") == META_VERSION else None
+    return meta if isinstance(meta, dict) and _is_whole(meta) else None
+
+
+def _is_whole(meta: dict[str, Any]) -> bool:
+    """Whether a meta has the shape that `prepare_tree` gives it."""
+    kinds = {"image": str, "digest": str, "platform": str, "layers": list, "symlinks": dict, "dirs": list}
+    kinds |= {"probes": list}
+    if meta.get("version") != META_VERSION or not all(isinstance(meta.get(key), kind) for key, kind in kinds.items()):
+        return False
+    return all(
+        isinstance(layer, dict) and all(isinstance(layer.get(key), str) for key in ("digest", "diff_id", "blob"))
+        for layer in meta["layers"]
+    )
 
 
 def build_image(directory: str, blobs: str, names: list[str]) -> None:
-    """Write image.erofs unless it is there. Data that EROFS cannot map is read through the blob files."""
+    """Write image.erofs unless a sound one is there. Data that EROFS cannot map is read through the blob files."""
     base = Path(directory)
-    if (base / "image.erofs").exists():
+    if is_sealed(base / "image.erofs"):
         return
     index = codec.read_index(base / "index.clip")
 
@@ -112,16 +137,62 @@ def build_image(directory: str, blobs: str, names: list[str]) -> None:
                 data += piece
             return data
 
-    _commit(base / "image.erofs", lambda out: write_image(index.tree, _sizes(index), out, read_layer))
+    _commit(base / "image.erofs", lambda out: _write_sealed(out, index, read_layer))
+
+
+def _write_sealed(out: BinaryIO, index: Index, read_layer: ReadLayer) -> None:
+    write_image(index.tree, _sizes(index), out, read_layer)
+    length = out.seek(0, os.SEEK_END)
+    out.seek(0)
+    check = _crc(out, length)
+    out.seek(length)
+    out.write(_SEAL.pack(_SEAL_MAGIC, IMAGE_VERSION, check, length))
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether the image at `path` is whole, as it was written, and of this version."""
+    try:
+        with open(path, "rb") as image:
+            length = os.fstat(image.fileno()).st_size - _SEAL.size
+            if length < 0:
+                return False
+            image.seek(length)
+            seal = _SEAL.unpack(image.read(_SEAL.size))
+            image.seek(0)
+            return seal == (_SEAL_MAGIC, IMAGE_VERSION, _crc(image, length), length)
+    except OSError:
+        return False
+
+
+def _crc(file: BinaryIO, length: int) -> int:
+    check = 0
+    while length > 0 and (piece := file.read(min(_PIECE, length))):
+        check = zlib.crc32(piece, check)
+        length -= len(piece)
+    return check
 
 
 def _commit(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as out:
-        write(out)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.rename(path)
+    """Replace `path`: complete or not at all. The name has the process in it: two jobs never write one file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as out:
+            write(out)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_names(directory: Path) -> None:
+    """What is renamed later is never seen without what was renamed before."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _is_dir(root: Node, name: bytes) -> bool:

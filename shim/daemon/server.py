@@ -11,14 +11,17 @@ import signal
 import sys
 import threading
 import time
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from shim import __version__, log
-from shim.daemon import jobs, mounter, notify
+from shim.daemon import jobs, mounter, notify, who
 from shim.daemon.control import Answer, ControlServer, Session
+from shim.daemon.failures import FailureLog
 from shim.daemon.layers import Layers
-from shim.daemon.trees import Trees, overlay_users
+from shim.daemon.trees import Trees
 from shim.errors import CacheError, DaemonError, IndexFormatError, ShimError
 from shim.fuse import connection
 from shim.fuse.server import BlobServer
@@ -27,6 +30,10 @@ from shim.settings import Settings
 _REAP_SECONDS = 5.0
 _SWEEP_SECONDS = 60.0
 _SHOWN = 1024  # characters of a reference in a message
+_SOURCES = ("annotation", "bundle", "marker", "env", "mount")
+_NAMED = 64  # waiting reads whose files are looked up
+_NAME_SECONDS = 4.0
+_RELEASE_SECONDS = 2.0
 
 
 def serve(settings: Settings) -> int:
@@ -37,41 +44,55 @@ def serve(settings: Settings) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     stop = _stop_requests()
     try:
-        daemon = Daemon(settings)
+        daemon = _make(settings)
     except ShimError as error:
         notify.failed(str(error))
         raise
     daemon.start()
     notify.ready()
     log.info("daemon serves", pid=os.getpid(), version=__version__, run_dir=str(settings.run_dir))
-    while not select.select([stop], [], [], _REAP_SECONDS)[0]:
-        daemon.tick()
-    return daemon.stop()
+    select.select([stop], [], [])
+    daemon.stop()
+    return 0
+
+
+def _make(settings: Settings) -> Daemon:
+    try:
+        return Daemon(settings)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise DaemonError(
+            f"the daemon cannot start: {where}{error.strerror or error}",
+            hint="it runs as root; see `run_dir` and `state_dir` in `clip-shim config show`",
+        ) from error
 
 
 def _stop_requests() -> int:
-    """A descriptor that becomes readable with SIGTERM or SIGINT. Blocking them for sigwait(3) would not do:
-    multiprocessing unblocks both when it starts its helpers."""
+    """A descriptor that becomes readable with SIGTERM, SIGINT or SIGHUP. Blocking them for sigwait(3) would
+    not do: multiprocessing unblocks some when it starts its helpers."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     return reader
 
 
 class Daemon:
-    """The composition root. Threads: FUSE readers, fetch pool, control accept + one a connection, this main loop.
+    """The composition root. Threads: FUSE readers, fetch pool, control accept + one a connection, failure log,
+    housekeeping; the main one waits for signals.
 
     Only one daemon uses a RUN directory: an flock on RUN/daemon.lock, and one on the cache (see shim/cache).
     """
 
     def __init__(self, settings: Settings) -> None:
+        """Takes the locks, clears what a dead daemon left and mounts the blobs. Raises ShimError, OSError; then
+        nothing is left mounted."""
         self._settings = settings
         run = settings.run_dir
         for directory in (run, settings.state_dir):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.chmod(directory, 0o700)
-        self._next_sweep = 0.0
+        self._stopping = threading.Event()
         self._lock_fd = _exclusive(run / "daemon.lock")
         jobs.start()
         blobs = run / "blobs"
@@ -79,86 +100,137 @@ class Daemon:
             log.warning("left by a daemon that died, detached", path=path)
         blobs.mkdir(mode=0o700, exist_ok=True)
         self._blobs_dir = str(blobs)
-        self._fuse_fd = connection.mount(self._blobs_dir)
-        self._server = BlobServer.create(self._fuse_fd, run, read_deadline=settings["read_deadline"])
-        self._layers = Layers(settings, self._server)
-        self._trees = Trees(settings, self._layers, self._blobs_dir)
-        self._control = ControlServer(
-            run / "control.sock",
-            {"acquire": self._acquire, "status": self._status, "ping": lambda *_: {"pid": os.getpid()}},
-        )
+        self._failures = FailureLog(self._places, settings.state_dir / "trees")
+        with ExitStack() as undo:
+            self._fuse_fd = connection.mount(self._blobs_dir)
+            undo.callback(jobs.run, 10, mounter.clear_stale, str(run))
+            undo.callback(os.close, self._fuse_fd)
+            self._server = BlobServer.create(
+                self._fuse_fd,
+                run,
+                read_deadline=settings["read_deadline"],
+                on_failure=self._failures.add,
+            )
+            self._layers = Layers(settings, self._server)
+            self._trees = Trees(settings, self._layers, self._blobs_dir)
+            self._control = ControlServer(
+                run / "control.sock",
+                {"acquire": self._acquire, "status": self._status, "ping": lambda *_: {"pid": os.getpid()}},
+            )
+            undo.pop_all()
+
+    def _places(self, blob: str) -> tuple[list[tuple[str, int]], list[str]]:
+        return self._layers.places(blob)
 
     def start(self) -> None:
         self._server.start()
-        threading.Thread(target=self._control.serve, name="accept", daemon=True).start()
-        threading.Thread(target=self._warm, name="warm", daemon=True).start()
+        self._failures.start()
+        threads = {"accept": self._control.serve, "warm": self._warm, "housekeeping": self._housekeeping}
+        for name, target in threads.items():
+            threading.Thread(target=target, name=name, daemon=True).start()
 
     def _warm(self) -> None:
         """What the first container would otherwise wait for."""
         try:
             self._trees.tier()
             self._layers.warm()
-        except ShimError as error:
-            log.error("no tree can be mounted here", error=str(error), hint=error.hint)
+        except (ShimError, OSError) as error:
+            hint = error.hint if isinstance(error, ShimError) else None
+            log.error("no tree can be mounted here", error=str(error), hint=hint)
 
-    def tick(self) -> None:
-        try:
-            self._trees.reap()
-            if time.monotonic() >= self._next_sweep:
-                self._sweep()
-        except ShimError as error:
-            log.warning("housekeeping failed", error=str(error))
+    def _housekeeping(self) -> None:
+        next_sweep = 0.0
+        period = min(_REAP_SECONDS, max(0.1, self._settings["tree_linger"] / 2))
+        while not self._stopping.wait(period):
+            try:
+                self._trees.reap()
+                if time.monotonic() >= next_sweep:
+                    next_sweep = time.monotonic() + _SWEEP_SECONDS
+                    self._sweep()
+            except ShimError as error:
+                log.warning("housekeeping failed", error=str(error))
+            except Exception:  # noqa: BLE001  whatever it is, the next round may be better
+                log.exception("housekeeping failed")
 
     def _sweep(self) -> None:
-        self._next_sweep = time.monotonic() + _SWEEP_SECONDS
         run, state = str(self._settings.run_dir), str(self._settings.state_dir)
         for directory in jobs.run(60, mounter.sweep_containers, run, state):
             log.info("cleaned up after a container that is gone", directory=directory)
 
-    def stop(self) -> int:
+    def stop(self) -> None:
         """Unmount what nobody uses and end. What is in use stays mounted; its uncached reads fail until a start."""
+        self._stopping.set()
         self._control.close()
         self._trees.close()
-        if self._layers.open_count():
-            log.warning(
-                "containers still use layers: their uncached reads fail from now on", layers=self._layers.open_count()
-            )
-        else:
+        if self._blobs_are_free():
             try:
                 jobs.run(10, mounter.unmount_blobs, self._blobs_dir)
             except ShimError as error:
                 log.warning("blobs not unmounted", error=str(error))
+        else:
+            log.warning(
+                "containers still use layers: their uncached reads fail from now on", layers=self._layers.open_count()
+            )
         self._server.stop()
+        self._failures.close()
         self._layers.close()
         log.info("daemon stopped")
-        return 0
+
+    def _blobs_are_free(self) -> bool:
+        """Whether the kernel has closed every blob. The last RELEASE comes a little after the last unmount."""
+        end = time.monotonic() + _RELEASE_SECONDS
+        while self._layers.open_count():
+            if time.monotonic() > end or self._trees.are_used():
+                return False
+            time.sleep(0.01)
+        return True
 
     def _acquire(self, session: Session, request: dict[str, Any], fds: list[int]) -> Answer:
+        value = "".join(c if c.isprintable() else "?" for c in str(request.get("value"))[:_SHOWN])
+        if request.get("source") not in _SOURCES:
+            raise DaemonError(f"unknown source of a reference: {str(request.get('source'))[:40]!r}")
         if not fds:
             raise DaemonError(
-                f"the reference {str(request.get('value'))[:_SHOWN]!r} names no file",
+                f"the reference {value!r} names no file",
                 hint="this version reads indexes from files: make one with `clip-shim index REF -o FILE`",
             )
         try:
             lease = self._trees.acquire(fds[0])
         except IndexFormatError as error:
-            raise IndexFormatError(f"{str(request.get('value'))[:_SHOWN]}: {error}", hint=error.hint) from error
+            raise IndexFormatError(f"{value}: {error}", hint=error.hint) from error
         session.on_close.append(lease.release)
         return lease.answer
 
-    def _status(self, _session: Session, _request: dict[str, Any], _fds: list[int]) -> Answer:
-        tier, reason = self._trees.tier()
-        containers = [
-            {"rootfs": path, "index": f"sha256:{hex_}"} for hex_, paths in overlay_users().items() for path in paths
-        ]
+    def _status(self, _session: Session, request: dict[str, Any], _fds: list[int]) -> Answer:
+        try:
+            tier, reason = self._trees.tier()
+        except ShimError as error:
+            tier, reason = "none", str(error)
+        known = who.containers(self._settings.run_dir)
         return {
             "daemon": {"pid": os.getpid(), "version": __version__, "tier": tier, "tier_reason": reason},
             "images": self._trees.status(),
-            "containers": containers,
+            "containers": [asdict(container) for container in known.values()],
             "layers": self._layers.status(),
             "registries": self._layers.traffic(),
-            "waiting": self._layers.waiting(),
+            "waiting": self._waiting(known, with_files=bool(request.get("files"))),
         }
+
+    def _waiting(self, known: dict[bytes, who.Container], *, with_files: bool) -> list[Answer]:
+        """The reads that wait, oldest first. with_files: the first ones' files too, which costs a job."""
+        rows = []
+        for read in self._layers.waiting():
+            process, container = who.describe(read.pid, known)
+            layer = f"sha256:{read.blob.partition('-')[0]}"
+            rows.append({**asdict(read), "layer": layer, "process": process, "container": container, "file": None})
+        if with_files:
+            named = rows[:_NAMED]
+            for blob in {row["blob"] for row in named}:
+                mine = [row for row in named if row["blob"] == blob]
+                files = self._failures.files(blob, [(row["offset"], row["size"]) for row in mine], _NAME_SECONDS)
+                for row, found in zip(mine, files, strict=True):
+                    row["file"] = found[0] if found else None
+        return rows
 
 
 def _exclusive(path: Path) -> int:

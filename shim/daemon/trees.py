@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import stat
+import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from shim import log
-from shim.daemon import jobs, mounter, prepare
+from shim.daemon import indexfile, jobs, mounter, prepare
 from shim.daemon.layers import Layers
+from shim.daemon.overlays import overlays
 from shim.daemon.portable import PortableTree
-from shim.errors import IndexFormatError, ShimError
+from shim.errors import CacheError, DaemonError, IndexFormatError, ShimError
 from shim.mount import mountinfo
 from shim.settings import Settings
 
-_MAX_INDEX = 512 << 20  # bytes; a 100 GB image's index is about 200 MB
+_SHARE = 0.9  # of `mount_deadline`
+_UNMOUNT_SECONDS = 10.0
+_CLOSE_SECONDS = 2.0  # how long stopping waits for a tree that is being mounted
 
 
 @dataclass(slots=True)
 class ImageTree:
-    """One image. `lock` is held while it is prepared, mounted or unmounted; `leases` counts control connections."""
+    """One image. `lock` is held while it is prepared, mounted or unmounted; `leases` counts control connections.
+
+    unsure: an unmount failed, so something may still be at its path. failed: the last attempt to mount it, if that
+    failed: when it began (monotonic), and why.
+    """
 
     hex: str
     lock: threading.Lock = field(default_factory=threading.Lock)
     meta: dict[str, Any] | None = None
     mounted: str | None = None  # the tier, while it is mounted
+    unsure: bool = False
+    failed: tuple[float, ShimError] | None = None
     leases: int = 0
     last_used: float = 0.0
     portable: PortableTree | None = None
@@ -50,11 +60,15 @@ class Trees:
 
     Concurrency: `_lock` guards the dict, every `leases` and `last_used`, and is never held across a job. A tree's own
     `lock` serialises its prepare → layers → mount → unmount; a waiting acquire finds the tree mounted when its turn
-    comes. `reap` takes a tree's lock only if it is free, and unmounts only when `leases` is 0 *under both locks*, so a
-    lease that was given can never lose its tree.
+    comes, or hears of the failure of an attempt that began after it asked. Lock order: a tree's, then `_lock`, then
+    those of Layers. `reap` takes a tree's lock only if it is free, and unmounts only when `leases` is 0 *under both
+    locks*, so a lease that was given can never lose its tree.
 
-    Crashes: STATE/trees/<hex> counts only with its meta.json, which is written last (see prepare.py). RUN/trees/<hex>
-    mounts left by a dead daemon are detached at start (mounter.clear_stale) and made again on demand.
+    An acquire has nine tenths of `mount_deadline`, so that the wrapper, which has all of it, hears why it failed.
+
+    Crashes: STATE/trees/<hex> counts only with its meta.json, which is written last (see prepare.py); what turns out to
+    be damaged is made again from the index that is being asked for. RUN/trees/<hex> mounts left by a dead daemon are
+    detached at start (mounter.clear_stale) and made again on demand.
     """
 
     def __init__(self, settings: Settings, layers: Layers, blobs_dir: str) -> None:
@@ -62,14 +76,18 @@ class Trees:
         self._layers = layers
         self._blobs = blobs_dir
         self._lock = threading.Lock()
+        self._closing = False
         self._trees: dict[str, ImageTree] = {}
-        self._known: dict[tuple[int, ...], str] = {}  # index file identity -> hex, so a hot start hashes nothing
+        self._leaving: list[PortableTree] = []  # unmounted, but somebody else still has a mount of it
+        self._known: dict[indexfile.Identity, str] = {}  # index file → hex, so that a hot start hashes nothing
         self._tier: tuple[str, str] | None = None
         self._tier_lock = threading.Lock()
         self._state = settings.state_dir / "trees"
         self._run = settings.run_dir / "trees"
         for directory in (self._state, self._run):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._run = self._run.resolve()  # as mountinfo has it
+        indexfile.tidy(self._state)
 
     def tier(self) -> tuple[str, str]:
         """(tier, reason): what `tree:` says, or the best that was seen to work here."""
@@ -87,20 +105,19 @@ class Trees:
         """A lease on the mounted tree of the index file open at `fd`. Raises ShimError; nothing is left half made."""
         timings: dict[str, float] = {}
         started = time.monotonic()
-        hex_ = self._take_index(fd)
+        hex_ = indexfile.identify(fd, self._known)
         timings["index"] = _ms(started)
         with self._lock:
+            if self._closing:
+                raise DaemonError("the daemon is stopping", hint="try again: the next container starts another")
             tree = self._trees.setdefault(hex_, ImageTree(hex_))
             tree.leases += 1
         try:
-            with tree.lock:
-                if tree.mounted is None:
-                    self._mount(tree, timings)
+            meta = self._ensure_mounted(tree, fd, started, timings)
         except BaseException:
             self._release(tree)
             raise
         timings["total"] = _ms(started)
-        meta = tree.meta or {}
         answer = {
             "index": f"sha256:{hex_}",
             "image": meta["image"],
@@ -124,64 +141,89 @@ class Trees:
             tree.leases -= 1
             tree.last_used = time.monotonic()
 
-    def _take_index(self, fd: int) -> str:
-        """Copy the index into STATE/trees/<hex>/index.clip unless it is there; returns the hex of its SHA-256."""
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_size > _MAX_INDEX:
-            raise IndexFormatError("the index must be a regular file of at most 512 MiB")
-        identity = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-        known = self._known.get(identity)
-        if known is not None and (self._state / known / "index.clip").exists():
-            return known
-        hasher = sha256()
-        temporary = self._state / f".incoming-{threading.get_ident()}"
+    def _ensure_mounted(self, tree: ImageTree, fd: int, asked: float, timings: dict[str, float]) -> dict[str, Any]:
+        """The tree's meta, once it is mounted. The caller has a lease."""
+        end = asked + _SHARE * self._settings["mount_deadline"]
+        if not tree.lock.acquire(timeout=max(0.0, end - time.monotonic())):
+            raise DaemonError("the tree is still being mounted for another container", hint=jobs.SLOW)
         try:
-            with open(temporary, "wb") as out:
-                offset = 0
-                while piece := os.pread(fd, 1 << 20, offset):
-                    offset += len(piece)
-                    if offset > _MAX_INDEX:
-                        raise IndexFormatError("the index grew while it was read")
-                    hasher.update(piece)
-                    out.write(piece)
-                out.flush()
-                os.fsync(out.fileno())
-            hex_ = hasher.hexdigest()
-            directory = self._state / hex_
-            directory.mkdir(mode=0o700, exist_ok=True)
-            temporary.rename(directory / "index.clip")
+            if tree.mounted is not None and not self._is_there(tree):
+                log.warning("a tree is no longer mounted; mounting it again", index=tree.hex)
+                self._let_go(tree)
+            if tree.mounted is None or tree.meta is None:
+                if tree.failed is not None and tree.failed[0] >= asked:
+                    raise copy.copy(tree.failed[1])
+                began = time.monotonic()
+                try:
+                    tree.meta = self._mount(tree, fd, end, timings)
+                except ShimError as error:
+                    tree.failed = (began, error)
+                    raise
+                tree.failed = None
+            return tree.meta
         finally:
-            temporary.unlink(missing_ok=True)
-        if len(self._known) > 4096:
-            self._known.clear()
-        self._known[identity] = hex_
-        return hex_
+            tree.lock.release()
 
-    def _mount(self, tree: ImageTree, timings: dict[str, float]) -> None:
+    def _is_there(self, tree: ImageTree) -> bool:
+        """Whether a tree that was mounted still is, and served: others can unmount it, or kill its server."""
+        if tree.portable is not None and tree.portable.has_ended():
+            return False
+        return mountinfo.at(str(self._run / tree.hex)) is not None
+
+    def _let_go(self, tree: ImageTree) -> None:
+        """tree.lock is held: it is not mounted any more, or nobody knows."""
+        tree.mounted = None
+        if tree.portable is not None:
+            self._leaving.append(tree.portable)
+            tree.portable = None
+        self._layers.discard(tree.hex)
+
+    def _mount(self, tree: ImageTree, fd: int, end: float, timings: dict[str, float]) -> dict[str, Any]:
         """tree.lock is held: prepare, add the layers, mount."""
         directory = self._state / tree.hex
-        deadline = self._settings["mount_deadline"]
+        target = str(self._run / tree.hex)
         started = time.monotonic()
         tier, _ = self.tier()
-        meta = prepare.read_meta(directory) or jobs.run(deadline, prepare.prepare_tree, str(directory), tier != "fuse")
+        meta = self._prepare(tree, fd, tier, end)
         timings["prepare"] = _ms(started)
-        self._layers.add(tree.hex, meta, directory)
         try:
             started = time.monotonic()
             names = [layer["blob"] for layer in meta["layers"]]
-            target = str(self._run / tree.hex)
             if tier == "fuse":
-                tree.portable = PortableTree.start(directory / "index.clip", self._blobs, names, target, deadline)
+                left = _left(end)
+                tree.portable = PortableTree.start(directory / "index.clip", self._blobs, names, target, left)
             else:
-                self._mount_erofs(directory, meta, names, target, tier)
+                self._mount_erofs(directory, meta, names, target, tier, _left(end))
             timings["mount"] = _ms(started)
         except BaseException:
             self._layers.discard(tree.hex)
+            if mountinfo.at(target) is not None:
+                self._clear(tree)
             raise
-        tree.meta, tree.mounted = meta, tier
+        tree.mounted, tree.unsure = tier, False
         log.info("tree mounted", image=meta["image"], index=tree.hex, tier=tier, timings=timings)
+        return meta
 
-    def _mount_erofs(self, directory: Path, meta: dict[str, Any], names: list[str], target: str, tier: str) -> None:
+    def _prepare(self, tree: ImageTree, fd: int, tier: str, end: float) -> dict[str, Any]:
+        """The meta of a prepared tree, its layers served. What was kept and is damaged is made again, once."""
+        directory = self._state / tree.hex
+        while True:
+            fresh = indexfile.keep(fd, tree.hex, directory)
+            meta = None if fresh else prepare.read_meta(directory)
+            try:
+                if meta is None:
+                    meta = jobs.run(_left(end), prepare.prepare_tree, str(directory), tier != "fuse")
+                self._layers.add(tree.hex, meta, directory)
+                return meta
+            except (IndexFormatError, CacheError) as error:
+                shutil.rmtree(directory, ignore_errors=True)
+                if fresh:
+                    raise
+                log.warning("what was kept of an index is damaged; making it again", index=tree.hex, error=str(error))
+
+    def _mount_erofs(
+        self, directory: Path, meta: dict[str, Any], names: list[str], target: str, tier: str, deadline: float
+    ) -> None:
         # Only what costs no fetch is compared now, and programs' loaders, which the container reads first anyway.
         probes = [
             probe
@@ -189,7 +231,7 @@ class Trees:
             if probe["rank"] == 0 or self._layers.cached(names[probe["layer"]], probe["offset"], probe["length"])
         ]
         jobs.run(
-            self._settings["mount_deadline"],
+            deadline,
             mounter.build_and_mount,
             directory=str(directory),
             blobs=self._blobs,
@@ -203,47 +245,81 @@ class Trees:
         """Unmount trees that nobody has used for `tree_linger`. Called every few seconds by one thread."""
         linger = self._settings["tree_linger"]
         now = time.monotonic()
-        used = overlay_users()
         with self._lock:
-            idle = [t for t in self._trees.values() if t.leases == 0 and now - t.last_used >= linger]
+            idle = [tree for tree in self._trees.values() if not tree.leases and now - tree.last_used >= linger]
+            for tree in idle:
+                if tree.mounted is None and not tree.unsure and not tree.lock.locked():
+                    del self._trees[tree.hex]
+        used = self._users()  # after the leases: an overlay is there before its lease goes
         for tree in idle:
             if tree.hex not in used and tree.lock.acquire(blocking=False):
                 try:
                     self._unmount(tree)
-                except ShimError as error:
-                    log.warning("tree not unmounted", index=tree.hex, error=str(error))
                 finally:
                     tree.lock.release()
+        self._leaving = [portable for portable in self._leaving if not portable.has_ended()]
         self._layers.sweep()
 
     def _unmount(self, tree: ImageTree) -> None:
         """tree.lock is held."""
         with self._lock:
-            if tree.leases or tree.mounted is None:
+            if tree.leases or (tree.mounted is None and not tree.unsure):
                 return
-        jobs.run(10, mounter.unmount_tree, str(self._run / tree.hex))
-        if tree.portable is not None:
-            tree.portable.stop()
-            tree.portable = None
-        tree.mounted = None
-        self._layers.discard(tree.hex)
-        log.info("tree unmounted", index=tree.hex)
+        # from here on it counts as not mounted, whatever the job meets: the next acquire mounts anew
+        self._let_go(tree)
+        if self._clear(tree):
+            self._layers.sweep()
+            log.info("tree unmounted", index=tree.hex)
+
+    def _clear(self, tree: ImageTree) -> bool:
+        """tree.lock is held. True: nothing is mounted at its path; False: that is unsure, `reap` tries again."""
+        tree.unsure = True
+        try:
+            jobs.run(_UNMOUNT_SECONDS, mounter.unmount_tree, str(self._run / tree.hex))
+        except ShimError as error:
+            log.warning("tree not unmounted", index=tree.hex, error=str(error))
+        else:
+            tree.unsure = False
+        return not tree.unsure
 
     def close(self) -> bool:
-        """Unmount every tree that has no lease; True if none is left mounted."""
+        """Give no more leases and unmount every tree that nobody uses; True if none is left mounted."""
         with self._lock:
+            self._closing = True
             trees = list(self._trees.values())
+        used = self._users()
         for tree in trees:
-            with tree.lock:
-                try:
-                    self._unmount(tree)
-                except ShimError as error:
-                    log.warning("tree not unmounted", index=tree.hex, error=str(error))
-        return all(tree.mounted is None for tree in trees)
+            if tree.hex in used or not tree.lock.acquire(timeout=_CLOSE_SECONDS):
+                continue
+            try:
+                self._unmount(tree)
+            finally:
+                tree.lock.release()
+        return all(tree.mounted is None and not tree.unsure for tree in trees)
+
+    def are_used(self) -> bool:
+        """Whether anybody uses any tree."""
+        with self._lock:
+            leases = any(tree.leases for tree in self._trees.values())
+        return leases or bool(self._users())
+
+    def _users(self) -> set[str]:
+        """Hexes of the trees that somebody has a mount of, as this mount namespace sees it: an overlay, a clone."""
+        entries = mountinfo.read()
+        trees = os.fsencode(self._run) + b"/"
+        devices = {
+            entry.dev: entry.mount_point[len(trees) :] for entry in entries if entry.mount_point.startswith(trees)
+        }
+        users = {hex_ for hex_, _ in overlays(entries)}
+        for entry in entries:
+            name = devices.get(entry.dev)
+            if name is not None and not entry.mount_point.endswith(trees + name):  # nor a copy that was propagated
+                users.add(os.fsdecode(name))
+        return users
 
     def status(self) -> list[dict[str, Any]]:
         """The images that are mounted, as `status --json` shows them."""
-        used = overlay_users()
+        used = Counter(hex_ for hex_, _ in overlays(mountinfo.read()))
         with self._lock:
             return [
                 {
@@ -253,7 +329,7 @@ class Trees:
                     "tree": str(self._run / tree.hex),
                     "tier": tree.mounted,
                     "leases": tree.leases,
-                    "overlays": len(used.get(tree.hex, ())),
+                    "overlays": used[tree.hex],
                     "layers": [layer["diff_id"] for layer in tree.meta["layers"]],
                 }
                 for tree in self._trees.values()
@@ -261,14 +337,9 @@ class Trees:
             ]
 
 
-def overlay_users() -> dict[str, list[str]]:
-    """index hex -> mount points of the overlays made over its tree, as this mount namespace sees them."""
-    users: dict[str, list[str]] = {}
-    for entry in mountinfo.read():
-        if entry.fs_type == b"overlay" and entry.source.startswith(b"clip:sha256:"):
-            hex_ = entry.source[len(b"clip:sha256:") :].decode("ascii", "replace")
-            users.setdefault(hex_, []).append(os.fsdecode(entry.mount_point))
-    return users
+def _left(end: float) -> float:
+    """Seconds until `end`, at least a moment: a job that has no time left says so itself."""
+    return max(0.05, end - time.monotonic())
 
 
 def _ms(since: float) -> float:

@@ -97,9 +97,17 @@ class BlobServer:
         self._readers = [Reader(self, number) for number in range(threads)]
 
     @classmethod
-    def create(cls, fd: int, run_dir: Path, *, read_deadline: float = 60.0) -> BlobServer:
+    def create(
+        cls,
+        fd: int,
+        run_dir: Path,
+        *,
+        read_deadline: float = 60.0,
+        on_failure: Callable[[ReadFailure], None] = log_failure,
+    ) -> BlobServer:
         """A server for a descriptor fresh from `connection.mount`, with a new journal in `run_dir`."""
-        return cls(fd, None, Journal(run_dir / "blobs.journal", fresh=True), read_deadline=read_deadline)
+        journal = Journal(run_dir / "blobs.journal", fresh=True)
+        return cls(fd, None, journal, read_deadline=read_deadline, on_failure=on_failure)
 
     def node_id(self, name: bytes) -> int:
         """The node id for a blob of this name: the one it had in this mount's life, or a new one."""

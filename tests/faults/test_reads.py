@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pytest
 
 from tests.support import images
 from tests.support.faultserver import FaultServer
-from tests.support.host import Host
+from tests.support.host import Host, wait_for
 from tests.support.registry import Registry
 
 FILES = [f"common/{n:02d}" for n in range(20)]
@@ -68,11 +69,17 @@ def log_lines(host: Host, event: str) -> list[str]:
     return [line for line in (host.base / "log" / "daemon").read_text().splitlines() if event in line]
 
 
+def failures(host: Host) -> list[dict[str, object]]:
+    """The log lines of failed reads; waits for the first, which comes when its file has been looked up."""
+    wait_for("a failed read is logged", lambda: log_lines(host, "read failed"))
+    return [json.loads(line) for line in log_lines(host, "read failed")]
+
+
 def test_wrong_bytes_are_never_served_and_are_fetched_again(registry: Registry) -> None:
     with FaultServer(registry.host) as server, tree(server) as (host, target):
         server.faults.add("GET", "/blobs/", corrupt_at=70_000, need=("Range", "bytes="))
         assert read_error(target / FILES[0]) == errno.EIO
-        assert len(log_lines(host, "read failed")) >= 1
+        assert failures(host)
         server.faults.clear()
         assert sha256(target / FILES[0]) == right(FILES[0])
 
@@ -120,8 +127,11 @@ def test_a_read_waits_for_its_deadline_then_fails_with_one_line(registry: Regist
                 os.pread(fd, 4096, 0)
         finally:
             os.close(fd)
-        assert log_lines(host, "read failed")
-        assert log_lines(host, server.host)
+        line = failures(host)[-1]
+        assert line["file"] == f"/{FILES[0]}"
+        assert line["host"] == server.host
+        assert str(line["layer"]).startswith("sha256:")
+        assert line["cause"]
 
 
 def test_a_registry_that_comes_back_in_time_is_waited_for(registry: Registry) -> None:

@@ -1,0 +1,115 @@
+"""The index files that wrappers hand over: which one it is, and a copy of our own.
+
+What comes is somebody else's open file: of any kind, any size, perhaps changing while it is read. Nothing is written
+before it looks like an index, and the copy that is kept has the hash it is named by.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+from shim.errors import CacheError, IndexFormatError
+from shim.index import container
+
+Identity = tuple[int, int, int, int, int]
+
+_PIECE = 1 << 20
+_END = 16  # bytes of the trailer
+_KNOWN = 4096
+_SETTLED_NS = 2 * 10**9  # a file changed later than this before now can change again without new times
+
+
+def identify(fd: int, known: dict[Identity, str]) -> str:
+    """The hex of the SHA-256 of the index file open at `fd`. Raises IndexFormatError: it is none, or cannot be read.
+
+    known: identities of files hashed before, which is added to. A file is remembered only when it has been left alone
+    for a while, since within one tick of the file system's clock it may change and keep its times.
+    """
+    try:
+        info = os.fstat(fd)
+        identity = _identity(info)
+        found = known.get(identity)
+        if found is not None:
+            return found
+        _check_form(fd, info)
+        hasher = sha256()
+        for piece in _pieces(fd):
+            hasher.update(piece)
+        hex_ = hasher.hexdigest()
+        settled = time.time_ns() - max(info.st_mtime_ns, info.st_ctime_ns) > _SETTLED_NS
+        if settled and _identity(os.fstat(fd)) == identity:
+            if len(known) >= _KNOWN:
+                known.clear()
+            known[identity] = hex_
+    except OSError as error:
+        raise IndexFormatError(f"the index cannot be read: {error.strerror}") from error
+    return hex_
+
+
+def keep(fd: int, hex_: str, directory: Path) -> bool:
+    """Copy the index at `fd` to `directory`/index.clip, unless it is there; True if it was not.
+
+    Raises IndexFormatError (it changed since it was identified) and CacheError (our disk).
+    """
+    if (directory / "index.clip").exists():
+        return False
+    temporary = directory.parent / f".incoming-{threading.get_ident()}"
+    hasher = sha256()
+    try:
+        with open(temporary, "wb") as out:
+            for piece in _pieces(fd):
+                hasher.update(piece)
+                out.write(piece)
+            if hasher.hexdigest() != hex_:
+                raise IndexFormatError("the index changed while it was read", hint="try again")
+            out.flush()
+            os.fsync(out.fileno())
+        directory.mkdir(mode=0o700, exist_ok=True)
+        temporary.rename(directory / "index.clip")
+    except OSError as error:
+        raise CacheError(
+            f"the index cannot be kept in {directory.parent}: {error.strerror}",
+            hint="see `state_dir` in the configuration: is the disk full?",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def tidy(directory: Path) -> None:
+    """Remove what killed daemons and jobs left unfinished in STATE/trees. At start, when nobody works there."""
+    for path in directory.iterdir():
+        if path.name.startswith(".incoming-"):
+            path.unlink(missing_ok=True)
+        elif path.is_dir() and not (path / "meta.json").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _identity(info: os.stat_result) -> Identity:
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
+def _check_form(fd: int, info: os.stat_result) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        raise IndexFormatError("the index must be a regular file")
+    if info.st_size > container.MAX_FILE:
+        raise IndexFormatError(f"the index is {info.st_size} bytes long, at most {container.MAX_FILE} are allowed")
+    if os.pread(fd, _END, max(0, info.st_size - _END))[-len(container.END_MAGIC) :] != container.END_MAGIC:
+        container.locate(memoryview(os.pread(fd, _END, 0)))  # raises, and says what it is instead
+        raise IndexFormatError("the file is not a clip index")
+
+
+def _pieces(fd: int) -> Iterator[bytes]:
+    offset = 0
+    while piece := os.pread(fd, _PIECE, offset):
+        offset += len(piece)
+        if offset > container.MAX_FILE:
+            raise IndexFormatError("the index grew while it was read")
+        yield piece
