@@ -30,7 +30,7 @@ from shim.index import codec
 from shim.index.model import Index, Node, Tree
 from shim.index.spanfile import SpanFile, write_span_file
 
-META_VERSION = 1
+META_VERSION = 2
 IMAGE_VERSION = 1  # raise it when shim/erofs writes other images: those that are kept are then made again
 _MAX_LINKS = 40  # Linux: MAXSYMLINKS
 _SEAL = struct.Struct("<8sIIQ488x")  # magic, image version, CRC-32 and length of what stands before; one block

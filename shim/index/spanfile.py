@@ -4,7 +4,8 @@ Machine-local state in native byte order, written once, then only read. Layout: 
 8-aligned: ustarts u64[count + 1], cstarts u64[count + 1], window ends u64[count + 1] (the first is 0), window CRC-32s
 u32[count], digests 32 bytes[count], bits u8[count], kinds u8[count], padding, and the windows' records (`sparse`).
 The header holds the SHA-256 of the rest up to the records, and each record its CRC: a torn file is noticed, at opening
-or at the latest when the damaged window is asked for.
+or at the latest when the damaged window is asked for. Against forgery a CRC is nothing: the header's `identity` hashes
+the records too.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from shim.index.sparse import records_of, unpack_window
 from shim.index.validate import MAX_SPANS, validate_spans
 
 _MAGIC = b"clipspan"
-_VERSION = 1
-# magic, version, count, compressed size, uncompressed size, file length, compression, blob digest, diff id, SHA-256
-_HEADER = struct.Struct("=8sQQQQQQ32s32s32s")
+_VERSION = 2
+# magic, version, count, compressed size, uncompressed size, file length, compression, blob digest, diff id, identity,
+# SHA-256
+_HEADER = struct.Struct("=8sQQQQQQ32s32s32s32s")
 _SUM = 32
 
 
@@ -61,7 +63,10 @@ def write_span_file(path: str | os.PathLike[str], layer: Layer) -> None:
         bytes.fromhex(layer.digest.partition(":")[2]),
         bytes.fromhex(layer.diff_id.partition(":")[2]),
     )
-    head = _HEADER.pack(*fields, bytes(_SUM))[:-_SUM]
+    identity = sha256(_HEADER.pack(*fields, bytes(_SUM), bytes(_SUM)) + table)
+    for record in records:
+        identity.update(record)
+    head = _HEADER.pack(*fields, identity.digest(), bytes(_SUM))[:-_SUM]
     try:
         write_file(Path(path), b"".join([head, sha256(head + table).digest(), table, *records]))
     except OSError as error:
@@ -111,7 +116,7 @@ class SpanFile:
 
     def _open(self, length: int) -> None:
         fields = _HEADER.unpack_from(self._view)
-        magic, version, count, self.size, self.uncompressed_size, claimed, compression, blob, diff, digest = fields
+        magic, version, count, self.size, self.uncompressed_size, claimed, compression, blob, diff, own, digest = fields
         if magic != _MAGIC or version != _VERSION:
             raise self._damaged("not a span file of this version")
         if claimed != length or count > MAX_SPANS or compression not in set(Compression):
@@ -133,7 +138,7 @@ class SpanFile:
         self._digests, self._bits, self._kinds = parts[4:]
         self._count: int = count
         self.compression = Compression(compression)
-        self.identity = digest
+        self.identity = own
         self.blob_digest, self.diff_id = f"sha256:{blob.hex()}", f"sha256:{diff.hex()}"
 
     @property

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from shim.errors import CacheError, IndexFormatError
 from shim.index.model import Compression, Layer, Restart, Spans
 from shim.index.spanfile import SpanFile, write_span_file
+from shim.index.sparse import SparseWindows, records_of
 from tests.support.indexes import digest, sample_layers, spans, window
 
 
@@ -44,6 +46,36 @@ def test_says_what_the_table_says(tmp_path: Path, number: int) -> None:
             assert (same.restart(i), same.run_end(i)) == (table.restart(i), table.run_end(i))
             for offset in (table.ustart(i), table.ustart(i + 1) - 1):
                 assert same.find(offset) == table.find(offset) == i
+
+
+def _same_crc(wanted: int, data: bytes) -> bytes:
+    """`data` with its last four bytes changed so that its CRC-32 is `wanted`: CRCs are linear, so this is easy."""
+    body = data[:-4]
+    base = zlib.crc32(body + bytes(4))
+    rows = [(zlib.crc32(body + (1 << bit).to_bytes(4, "little")) ^ base, 1 << bit) for bit in range(32)]
+    need, patch = wanted ^ base, 0
+    for bit in reversed(range(32)):  # Gauss
+        pivot = next(row for row in rows if row[0] >> bit == 1)
+        rows = [(a ^ pivot[0], b ^ pivot[1]) if a >> bit & 1 else (a, b) for a, b in rows if (a, b) != pivot]
+        if need >> bit & 1:
+            need, patch = need ^ pivot[0], patch ^ pivot[1]
+    return body + patch.to_bytes(4, "little")
+
+
+def test_another_window_of_the_same_crc_is_another_identity(tmp_path: Path) -> None:
+    """Or an index could make another's fetches fail, by windows that nothing else in the table speaks of."""
+    layer, forged = sample_layers()[0], sample_layers()[0]
+    record = records_of(layer.spans.windows)[1]
+    false = _same_crc(zlib.crc32(record), record[:-8] + b"forged!!")
+    assert zlib.crc32(false) == zlib.crc32(record)
+    forged.spans.windows = SparseWindows(records=[*records_of(layer.spans.windows)])
+    forged.spans.windows.records[1] = false
+    write_span_file(tmp_path / "true", layer)
+    write_span_file(tmp_path / "false", forged)
+    with SpanFile(tmp_path / "true") as one, SpanFile(tmp_path / "false") as other:
+        assert one.window(1) != other.window(1)
+        assert one.table_digest() == other.table_digest()
+        assert one.identity != other.identity
 
 
 def test_invalid_layer_is_not_written(tmp_path: Path) -> None:
