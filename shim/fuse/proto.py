@@ -49,6 +49,7 @@ FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_NOFLUSH = 1 << 5
 
 # enum fuse_notify_code
+NOTIFY_INVAL_ENTRY = 3
 NOTIFY_RESEND = 7
 
 UNIQUE_RESEND = 1 << 63  # set in `unique` of a request that is delivered a second time
@@ -72,6 +73,7 @@ RELEASE_IN = struct.Struct("=Q")  # fh; the rest is not needed
 ATTR = struct.Struct("=6Q10I")  # ino size blocks a/m/ctime, a/m/ctimensec mode nlink uid gid rdev blksize flags
 ATTR_OUT = struct.Struct("=QII")  # attr_valid, attr_valid_nsec, dummy; fuse_attr follows
 ENTRY_OUT = struct.Struct("=QQQQII")  # nodeid, generation, entry_valid, attr_valid, their nsec; fuse_attr follows
+INVAL_ENTRY_OUT = struct.Struct("=QII")  # parent, name length, flags; the name and a NUL follow
 STATFS_OUT = struct.Struct("=5Q4I24x")  # blocks bfree bavail files ffree bsize namelen frsize padding spare[6]
 DIRENT = struct.Struct("=QQII")  # ino, off, namelen, type; the name follows, padded to 8
 
@@ -169,8 +171,13 @@ def attr_out(attr: bytes) -> bytes:
 
 
 def entry_out(node_id: int, attr: bytes) -> bytes:
-    """fuse_entry_out: the name stays good (a removed blob's name is found out by ESTALE on OPEN)."""
+    """fuse_entry_out: the name stays good until it is taken back (`inval_entry`)."""
     return ENTRY_OUT.pack(node_id, 0, _VALID, _VALID, 0, 0) + attr
+
+
+def inval_entry(name: bytes) -> bytes:
+    """fuse_notify_inval_entry_out: the kernel forgets a name of the root directory."""
+    return INVAL_ENTRY_OUT.pack(ROOT_ID, len(name), 0) + name + b"\0"
 
 
 def statfs_out(total: int, files: int) -> bytes:

@@ -128,7 +128,8 @@ class BlobServer:
     def remove(self, node_id: int) -> bool:
         """Take a blob away. False, and nothing changed, while it is open or when it is not there.
 
-        The kernel may still know the name: its next OPEN gets ESTALE, and it looks the name up again.
+        The kernel is told to forget the name. Without that an open of the path would get ESTALE and look again, but not
+        one of an O_PATH descriptor, as mounts make it.
         """
         with self._lock:
             blob = self.blobs.get(node_id)
@@ -136,7 +137,8 @@ class BlobServer:
                 return False
             del self.blobs[node_id], self._names[blob.name]
             self._journal.remove_node(node_id)
-            return True
+        self._notify(proto.NOTIFY_INVAL_ENTRY, proto.inval_entry(blob.name))  # waits for lookups: not under the lock
+        return True
 
     def open_count(self, node_id: int) -> int:
         """How many open files the blob has: those of EROFS mounts, loop devices and readers."""
@@ -166,7 +168,11 @@ class BlobServer:
     def resend(self) -> None:
         """Ask the kernel to deliver unanswered requests again, after a hand-over. Nothing where it cannot (< 6.9)."""
         if self.init is not None and self.init.can_resend:
-            os.write(self.fd, proto.OUT_HEADER.pack(proto.OUT_HEADER.size, proto.NOTIFY_RESEND, 0))
+            self._notify(proto.NOTIFY_RESEND)
+
+    def _notify(self, code: int, data: bytes = b"") -> None:
+        """A message to the kernel that answers nothing: its header has the code instead of an error."""
+        self.send((proto.OUT_HEADER.pack(proto.OUT_HEADER.size + len(data), code, 0), data))
 
     def waiting(self) -> list[Waiting]:
         """The reads that wait for bytes now, oldest first."""

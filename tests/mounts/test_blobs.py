@@ -383,8 +383,9 @@ except OSError as error:
     assert mount.run("print(os.listdir(path))").strip() == "[]"
     again, _ = mount.add(sample_layer(), b"a")
     assert again.node_id != lazy.node_id
-    # the kernel still knows the old node: it is told ESTALE and looks the name up again
-    assert mount.run("print(len(open(path + '/a', 'rb').read(10)))").strip() == "10"
+    # the kernel has forgotten the old node; mounts open an O_PATH descriptor, which looks nothing up again
+    by_descriptor = "fd = os.open(path + '/a', os.O_PATH)\nprint(len(open(f'/proc/self/fd/{fd}', 'rb').read(10)))"
+    assert mount.run(by_descriptor).strip() == "10"
     assert mount.run(look).split() == [str(lazy.size), "10", "['a']"]
 
 
