@@ -188,7 +188,8 @@ class Layers:
                 stream.__enter__()
             except (RegistryError, IntegrityError) as error:
                 source.failed = time.monotonic()
-                trouble = error
+                if not (isinstance(trouble, RegistryError) and trouble.retryable):
+                    trouble = error  # one that may pass counts more than another repository's "no such blob"
                 continue
             try:
                 yield iter(stream)
@@ -275,9 +276,13 @@ class Layers:
 
     def traffic(self) -> dict[str, Any]:
         """Requests and bytes from registries since the start, by host and kind."""
-        return {
-            f"{host} {kind}": asdict(count) for (host, kind), count in sorted(self._client.counters.snapshot().items())
-        }
+        total: dict[str, dict[str, int]] = {}
+        for client in (self._client, self._impatient):
+            for (host, kind), count in sorted(client.counters.snapshot().items()):
+                row = total.setdefault(f"{host} {kind}", {})
+                for name, number in asdict(count).items():
+                    row[name] = row.get(name, 0) + number
+        return total
 
     def close(self) -> None:
         """The server has stopped reading: flush the cache and let go of it."""
