@@ -34,8 +34,10 @@ class RetryPolicy:
 class BusyError(RegistryError):
     """A retryable answer that says when to come back: `after` seconds, or None."""
 
-    def __init__(self, message: str, *, status: int, after: float | None) -> None:
-        super().__init__(message, retryable=True, status=status)
+    def __init__(
+        self, message: str, *, hint: str | None = None, status: int | None = None, after: float | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, retryable=True, status=status)
         self.after = after
 
 

@@ -166,7 +166,7 @@ class Registry:
         config: dict[str, Any] = {
             "version": "0.1",
             "log": {"level": "info", "accesslog": {"disabled": True}},
-            "storage": {"filesystem": {"rootdirectory": str(self.storage)}, "delete": {"enabled": True}, "cache": {"blobdescriptor": "inmemory"}},
+            "storage": {"filesystem": {"rootdirectory": str(self.storage)}, "delete": {"enabled": True}},
             "http": self._http,
         }
         config |= {"auth": self._auth} if self._auth else {}

@@ -124,7 +124,7 @@ def test_signals_umask_and_directory(mock: Mock, tmp_path: Path, verb: str) -> N
     assert (mock.out / "umask").read_text().strip() in ("137", "0137")
     assert (mock.out / "cwd").read_text() == f"{place}\n"
     ignored = int((mock.out / "sigign").read_text().split()[1], 16)
-    assert ignored == 1 << (signal.SIGUSR2 - 1)
+    assert ignored & 0x7FFFFFFF == 1 << (signal.SIGUSR2 - 1)  # signals from 32 on are libc's and the starter's
 
 
 @pytest.mark.parametrize("verb", ["state", "create"])
