@@ -6,17 +6,17 @@ answers: a process that dies with such a thread stays unreaped. A job that passe
 fork server.
 
 Jobs are forked by multiprocessing's fork server, which has the needed modules imported: about 15 ms a job. The fork
-server ends when the server does, also by SIGKILL, and a job ends with the fork server (PR_SET_PDEATHSIG): no job of a
-dead daemon goes on beside those of its successor.
+server ends when the server does, also by SIGKILL, but not before its jobs. So a thread in each job watches the server:
+no job of a dead daemon goes on beside those of its successor.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
 from multiprocessing import forkserver  # type: ignore[attr-defined,unused-ignore]
 from multiprocessing.connection import Connection
@@ -73,14 +73,15 @@ def run(deadline: float, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
 SLOW = "the registry or the disk is slow: see `clip-shim status --waiting`, or raise `mount_deadline`"
 
 
-_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+def _end_with_server() -> None:
+    server = multiprocessing.parent_process()
+    if server is not None:
+        server.join()
+    os._exit(1)
 
 
 def _child(answer: Connection, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    server = multiprocessing.parent_process()
-    if server is None or not server.is_alive():
-        os._exit(1)  # it died before the line above
+    threading.Thread(target=_end_with_server, name="watch", daemon=True).start()
     gc.disable()  # short-lived, and a tree of 100,000 nodes is no garbage: a sixth of the time
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -212,6 +212,7 @@ class Trees:
             meta = None if fresh else prepare.read_meta(directory)
             try:
                 if meta is None:
+                    log.info("preparing a tree", index=tree.hex)
                     meta = jobs.run(_left(end), prepare.prepare_tree, str(directory), tier != "fuse")
                 self._layers.add(tree.hex, meta, directory)
                 return meta

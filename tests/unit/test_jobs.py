@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from shim.daemon import jobs
 from shim.errors import DaemonError, IntegrityError
+from tests.support.daemonclient import is_running
 
 
 def answer(value: int) -> int:
@@ -51,3 +55,34 @@ def test_a_job_past_its_deadline_is_stopped() -> None:
 def test_a_job_that_dies_is_told() -> None:
     with pytest.raises(DaemonError, match=r"die died unexpectedly \(exit status 7\)"):
         jobs.run(20, die)
+
+
+_SERVER = """
+import os, sys, time
+from shim.daemon import jobs
+def job(path):
+    with open(path, "w") as file:
+        file.write(f"{os.getpid()} {os.getppid()}")
+    time.sleep(60)
+if __name__ == "__main__":
+    jobs.run(60, job, sys.argv[1])
+"""
+
+
+def test_a_job_ends_with_its_server(tmp_path: Path) -> None:
+    """However that ends, and so do the helpers between them."""
+    (tmp_path / "server.py").write_text(_SERVER)
+    server = subprocess.Popen([sys.executable, tmp_path / "server.py", tmp_path / "pids"])
+    end = time.monotonic() + 20
+    while len((text := _read(tmp_path / "pids")).split()) < 2:
+        assert time.monotonic() < end, "no job began"
+    pids = [int(word) for word in text.split()]
+    server.kill()
+    server.wait()
+    end = time.monotonic() + 10
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < end, "a job outlived its server"
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
