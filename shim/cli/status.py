@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from shim.cli.client import ask
+from shim.cli.progress import human
 
 
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -64,12 +65,3 @@ def _waiting(rows: list[dict[str, Any]]) -> None:
             f"layer {row['layer'].removeprefix('sha256:')[:12]}  offset {row['offset']}  {row['size']} bytes  "
             f"{row['age']:.1f} s  {row['trouble'] or 'waiting'}"
         )
-
-
-def human(size: float) -> str:
-    """A size as people read it: 12.3 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
