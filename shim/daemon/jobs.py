@@ -55,7 +55,7 @@ def run(deadline: float, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
         if not ours.poll(deadline):
             raise DaemonError(f"{name} took longer than {deadline:.3g} s and was stopped", hint=SLOW)
         kind, value = ours.recv()
-    except EOFError:
+    except (EOFError, OSError):
         process.join(1)
         raise DaemonError(f"{name} died unexpectedly (exit status {process.exitcode})") from None
     finally:
@@ -64,6 +64,8 @@ def run(deadline: float, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
             process.join(0.2)
             process.kill()
         process.join(1)
+        if not process.is_alive():
+            process.close()  # its descriptors, whoever keeps this frame in a traceback
     if kind == "error":
         raise value
     result: R = value

@@ -27,6 +27,7 @@ from shim.fuse import connection
 from shim.fuse.server import BlobServer
 from shim.settings import Settings
 
+EXIT_BROKEN = 70  # sysexits(3), EX_SOFTWARE: the supervisor starts another
 _REAP_SECONDS = 5.0
 _SWEEP_SECONDS = 60.0
 _SHOWN = 1024  # characters of a reference in a message
@@ -51,9 +52,12 @@ def serve(settings: Settings) -> int:
     daemon.start()
     notify.ready()
     log.info("daemon serves", pid=os.getpid(), version=__version__, run_dir=str(settings.run_dir))
-    select.select([stop], [], [])
+    select.select([stop, daemon.broken], [], [])
+    asked = bool(select.select([stop], [], [], 0)[0])
+    if not asked:
+        log.error("somebody has unmounted the blob files: ending, so that another server mounts them again")
     daemon.stop()
-    return 0
+    return 0 if asked else EXIT_BROKEN
 
 
 def _make(settings: Settings) -> Daemon:
@@ -93,13 +97,14 @@ class Daemon:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.chmod(directory, 0o700)
         self._stopping = threading.Event()
+        self.broken = os.eventfd(0, os.EFD_CLOEXEC)  # readable when the blobs were unmounted by somebody else
         self._lock_fd = _exclusive(run / "daemon.lock")
         jobs.start()
         blobs = run / "blobs"
         for path in jobs.run(20, mounter.clear_stale, str(run)):
             log.warning("left by a daemon that died, detached", path=path)
         blobs.mkdir(mode=0o700, exist_ok=True)
-        self._blobs_dir = str(blobs)
+        self._blobs_dir = str(blobs.resolve())  # as mountinfo has it; nothing is mounted there yet
         self._failures = FailureLog(self._places, settings.state_dir / "trees")
         with ExitStack() as undo:
             self._fuse_fd = connection.mount(self._blobs_dir)
@@ -110,6 +115,7 @@ class Daemon:
                 run,
                 read_deadline=settings["read_deadline"],
                 on_failure=self._failures.add,
+                on_unmounted=lambda: os.eventfd_write(self.broken, 1),
             )
             self._layers = Layers(settings, self._server)
             self._trees = Trees(settings, self._layers, self._blobs_dir)

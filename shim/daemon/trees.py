@@ -157,7 +157,7 @@ class Trees:
                 try:
                     tree.meta = self._mount(tree, fd, end, timings)
                 except ShimError as error:
-                    tree.failed = (began, error)
+                    tree.failed = (began, copy.copy(error))  # without its traceback, which holds what was open
                     raise
                 tree.failed = None
             return tree.meta
@@ -183,6 +183,11 @@ class Trees:
         directory = self._state / tree.hex
         target = str(self._run / tree.hex)
         started = time.monotonic()
+        if mountinfo.at(self._blobs) is None:
+            raise DaemonError(
+                f"the layers' files are no longer mounted at {self._blobs}: somebody unmounted them",
+                hint="restart the daemon: containers that read lazily now lose what is not cached",
+            )
         tier, _ = self.tier()
         meta = self._prepare(tree, fd, tier, end)
         timings["prepare"] = _ms(started)

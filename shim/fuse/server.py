@@ -104,10 +104,11 @@ class BlobServer:
         *,
         read_deadline: float = 60.0,
         on_failure: Callable[[ReadFailure], None] = log_failure,
+        on_unmounted: Callable[[], None] | None = None,
     ) -> BlobServer:
         """A server for a descriptor fresh from `connection.mount`, with a new journal in `run_dir`."""
         journal = Journal(run_dir / "blobs.journal", fresh=True)
-        return cls(fd, None, journal, read_deadline=read_deadline, on_failure=on_failure)
+        return cls(fd, None, journal, read_deadline=read_deadline, on_failure=on_failure, on_unmounted=on_unmounted)
 
     def node_id(self, name: bytes) -> int:
         """The node id for a blob of this name: the one it had in this mount's life, or a new one."""

@@ -271,3 +271,29 @@ def test_the_log_does_not_fill_the_memory(tmp_path: Path) -> None:
         assert (host.run_dir / "daemon.log.1").stat().st_size == 9 << 20
         assert b"daemon serves" in (host.run_dir / "daemon.log").read_bytes()
         assert end(host, child) == 0
+
+
+def test_blobs_that_somebody_unmounts(registry: Registry) -> None:
+    """`umount -a` by an administrator: a new server mounts them again. While they are in use, a clear error."""
+    with served(registry.host) as (host, child, index):
+        old = server_pid(host)
+        syscalls.umount2(str(host.run_dir / "blobs"))
+        wait_for("another server", lambda: _other_server(host, old))
+        assert log_lines(
+            host, "somebody has unmounted the blob files: ending, so that another server mounts them again"
+        )
+        with Client(host) as client:
+            assert client.acquire(index)["ok"]
+            syscalls.umount2(str(host.run_dir / "blobs"), syscalls.MNT_DETACH)
+            other = host.index(f"{registry.host}/small:latest", "s")
+            answer = acquire(host, other)
+            assert "no longer mounted" in answer["error"]
+            assert "restart the daemon" in answer["hint"]
+        assert child.poll() is None
+
+
+def _other_server(host: Host, old: int) -> bool:
+    try:
+        return server_pid(host) != old
+    except OSError:
+        return False
