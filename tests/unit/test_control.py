@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,3 +110,55 @@ def test_several_requests_on_one_connection(path: Path) -> None:
     with connect(path) as client:
         assert ask(client, request("refuse"))["hint"] == "look elsewhere"
         assert ask(client, request("take"))["ok"] is True
+
+
+def test_a_path_may_be_longer_than_a_socket_address(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    server = ControlServer(deep / "control.sock", {})
+    threading.Thread(target=server.serve, daemon=True).start()
+    directory = os.open(deep, os.O_PATH)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(10)
+            client.connect(f"/proc/self/fd/{directory}/control.sock")
+            assert "unknown operation" in ask(client, request("x"))["error"]
+        assert (deep / "control.sock").stat().st_mode & 0o777 == 0o600
+    finally:
+        os.close(directory)
+        server.close()
+
+
+def test_a_shortage_of_descriptors_passes(path: Path) -> None:
+    """accept(2) fails while there are none: the server waits, and serves again."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    clients = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(3)]
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(highest)]  # no gap below the limit
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1, limits[1]))
+        for client in clients:
+            client.settimeout(0.5)
+            client.connect(str(path))
+            client.sendall(request("take"))
+        with pytest.raises(TimeoutError):  # the first was let in: an accept that waits has its descriptor already
+            clients[1].recv(10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in held:
+            os.close(fd)
+    for client in clients:
+        client.settimeout(10)
+        assert b'"ok": true' in client.recv(1000)
+        client.close()
+
+
+def test_root_of_another_user_namespace_is_refused(path: Path) -> None:
+    """Also where its uid 0 is ours."""
+    code = (
+        "import socket, sys; c = socket.socket(socket.AF_UNIX); c.settimeout(10); c.connect(sys.argv[1]);"
+        "print(c.recv(1000).decode())"
+    )
+    command = ["unshare", "-U", "-r", sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert "only root may talk to the daemon" in done.stdout, done.stderr

@@ -47,6 +47,20 @@ def _empty(tmp_path: Path) -> Path:
         ("read_deadline: soon", "`read_deadline` is 'soon', it must be a duration such as 500ms, 60s or 5m", None),
         ("fetch: {readahead: -1}", "`fetch.readahead` is -1, it must be a size such as 512MiB or 10G", None),
         ("state_dir: here", "`state_dir` is 'here', it must be an absolute path", None),
+        ("fetch: {readahead: true}", "it must be a size such as 512MiB or 10G", None),
+        (f"fetch: {{readahead: {'9' * 400}}}", "it must be a size such as 512MiB or 10G", None),
+        ("fetch: {threads: 0}", "`fetch.threads` is 0, it must be a whole number from 1 to 256", None),
+        ("fetch: {threads: 100000000}", "it must be a whole number from 1 to 256", None),
+        ("fetch: {threads: -1}", "it must be a whole number from 1 to 256", None),
+        ("fetch: 3", "`fetch` must be a table", None),
+        ("read_deadline: 0s", "it must be a duration from 100ms to 1h", None),
+        ("mount_deadline: 2h", "it must be a duration from 100ms to 1h", None),
+        (f"tree_linger: {'9' * 400}", "it must be a duration such as 500ms, 60s or 5m", None),
+        ("state_dir: /", "`state_dir` is '/', it must be an absolute path to a directory of our own", None),
+        ('state_dir: "/a\\0b"', "it must be an absolute path", None),
+        ('run_dir: "/a\\nb"', "it must be an absolute path", None),
+        ("trust: {paths: [relative]}", "it must be an absolute path", None),
+        ("registries: [1]", "`registries` is [1], it must be a table", None),
         ("- 1", "must hold a table of settings", None),
         ("a: [", "is not valid YAML", None),
     ],
@@ -60,6 +74,25 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str, hint: s
     assert str(file) in str(caught.value)
     if hint:
         assert caught.value.hint == hint
+
+
+def test_a_group_of_comments_alone_is_empty(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("fetch:\n#  threads: 3\nregistries:\n")
+    assert settings.load(file, env={})["fetch.threads"] == 8
+
+
+def test_a_table_cannot_come_from_the_environment(tmp_path: Path) -> None:
+    """Rather than be silently without effect."""
+    env = {"CLIP_SHIM_CONFIG": str(_empty(tmp_path)), "CLIP_SHIM_REGISTRIES": "{}"}
+    with pytest.raises(ConfigError, match=r"CLIP_SHIM_REGISTRIES: .* must be a table in the configuration file"):
+        settings.load(env=env)
+
+
+def test_directories_are_normal(tmp_path: Path) -> None:
+    """They are compared with what the kernel says of mounts."""
+    env = {"CLIP_SHIM_CONFIG": str(_empty(tmp_path)), "CLIP_SHIM_RUN_DIR": "/run//x/../clip/"}
+    assert settings.load(env=env)["run_dir"] == "/run/clip"
 
 
 def test_a_named_file_must_exist(tmp_path: Path) -> None:
