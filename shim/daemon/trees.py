@@ -44,6 +44,7 @@ class ImageTree:
     leases: int = 0
     last_used: float = 0.0
     portable: PortableTree | None = None
+    device: str = ""  # major:minor while it is mounted: what a wrapper must see at its path
 
 
 @dataclass(slots=True)
@@ -123,6 +124,7 @@ class Trees:
             "image": meta["image"],
             "tree": str(self._run / hex_),
             "tier": tree.mounted,
+            "device": tree.device,
             "symlinks": meta["symlinks"],
             "dirs": meta["dirs"],
             "timings": timings,
@@ -168,7 +170,9 @@ class Trees:
         """Whether a tree that was mounted still is, and served: others can unmount it, or kill its server."""
         if tree.portable is not None and tree.portable.has_ended():
             return False
-        return mountinfo.at(str(self._run / tree.hex)) is not None
+        entry = mountinfo.at(str(self._run / tree.hex))
+        tree.device = entry.dev.decode() if entry is not None else ""
+        return entry is not None
 
     def _let_go(self, tree: ImageTree) -> None:
         """tree.lock is held: it is not mounted any more, or nobody knows."""
@@ -206,6 +210,7 @@ class Trees:
                 self._clear(tree)
             raise
         tree.mounted, tree.unsure = tier, False
+        self._is_there(tree)
         log.info("tree mounted", image=meta["image"], index=tree.hex, tier=tier, timings=timings)
         return meta
 

@@ -128,7 +128,7 @@ class Creation:
             raise DaemonError(
                 "the daemon's answer names no tree", hint="wrapper and daemon may be of different versions"
             )
-        check_tree(tree, answer.get("dirs") or [])
+        check_tree(tree, answer.get("dirs") or [], str(answer.get("device") or ""))
         return answer
 
     def _make_in_place(self, answer: dict[str, Any], facts: dict[str, Any]) -> None:

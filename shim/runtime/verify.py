@@ -21,21 +21,28 @@ if TYPE_CHECKING:
 _DIRS = {"proc": 0o555, "sys": 0o555, "dev": 0o755}  # what the runtime mounts on: names and usual modes
 _LINKS_MAX = 4096
 _NAME_MAX = 255
+_ELSEWHERE = "the daemon may run in another mount namespace than this engine: restart it from there"
 _HINT = "make the index again with `clip-shim index REF -o FILE`, from a registry reference"
 
 
-def check_tree(tree: str, dirs: Iterable[Any]) -> None:
-    """See that the tree which the daemon names is visible here and has what the daemon says. Raises MountError."""
+def check_tree(tree: str, dirs: Iterable[Any], device: str = "") -> None:
+    """See that the tree which the daemon names is visible here and has what the daemon says. Raises MountError.
+
+    device: "major:minor" of the tree's mount, "" if the daemon does not say: without it an empty directory passes for
+    an image that has none of `dirs`.
+    """
     try:
         root = os.open(tree, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise MountError(f"the tree {tree} cannot be opened: {_name(error)}") from error
+        raise MountError(f"the tree {tree} cannot be opened: {_name(error)}", hint=_ELSEWHERE) from error
     try:
+        found = os.fstat(root).st_dev
+        if device and device != f"{os.major(found)}:{os.minor(found)}":
+            raise MountError(f"the daemon mounted a tree at {tree}, which is not to be seen here", hint=_ELSEWHERE)
         for name in dirs:
             if name in _DIRS and not _is_dir(_look(root, name)):
                 raise MountError(
-                    f"the tree {tree} shows no directory /{name}, although the index has one",
-                    hint="the daemon may run in another mount namespace than this engine: restart it from there",
+                    f"the tree {tree} shows no directory /{name}, although the index has one", hint=_ELSEWHERE
                 )
     finally:
         os.close(root)
