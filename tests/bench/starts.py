@@ -187,7 +187,7 @@ def measure(host: Host, image: Image, registry: Registry, index: Path, rounds: i
 def _docker(docker: Docker, reference: str) -> tuple[float, float]:
     """Seconds of the pull, and of the run after it; the image is removed again."""
     drop_caches()
-    pull = timed(lambda: docker.pull(reference))
+    pull = timed(lambda: docker.call("pull", "-q", reference, timeout=600))
     run = timed(lambda: docker.run("--rm", reference, *LARGE, runtime="plain"))
     docker.call("rmi", "-f", reference)
     return pull, run
