@@ -11,12 +11,12 @@ import pytest
 from shim.daemon import indexfile
 from shim.errors import CacheError, IndexFormatError
 from shim.index import codec
-from tests.support.indexes import sample_index
+from tests.support.indexes import sample
 
 
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
-    codec.write_index(tmp_path / "a.clip", sample_index())
+    codec.write_index(tmp_path / "a.clip", sample())
     return tmp_path / "a.clip"
 
 
