@@ -116,6 +116,7 @@ def sweep_containers(run_dir: str, state_dir: str) -> list[str]:
         "mount_deadline": 1,
         "daemon_command": [],
         "launcher": "",
+        "config_file": "",  # nothing is started from here
     }
     return cleanup.sweep(Config(compiled, {}))
 
