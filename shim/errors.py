@@ -110,3 +110,9 @@ class DaemonError(ShimError):
 
 class CacheError(ShimError):
     """The layer cache cannot be used as asked (locked by another daemon, not writable, damaged)."""
+
+
+class StoreError(ShimError):
+    """An index store (a directory, S3) could not be reached, refused, or has no such index."""
+
+    default_hint = "check the store's URL, its credentials and `stores` in `clip-shim config show`"

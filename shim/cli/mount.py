@@ -13,7 +13,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="mount an image's tree on a directory",
         description="Mount the tree of an index file, read-only, on a directory. Bytes are fetched when they are read.",
     )
-    parser.add_argument("index", type=Path, metavar="INDEX", help="index file made by `clip-shim index`")
+    parser.add_argument("index", metavar="INDEX", help="index file made by `clip-shim index`, or image://REF")
     parser.add_argument("directory", type=Path, metavar="DIR", help="where; it must exist")
     parser.set_defaults(run=run)
 
@@ -27,9 +27,12 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.directory.is_dir():
         raise UsageError(f"{args.directory} is not a directory", hint="make it first with mkdir")
-    fd = os.open(args.index, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd, value = -1, args.index
+    if "://" not in value:
+        value = os.path.abspath(value)
+        fd = os.open(value, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with closing(connect_or_start()) as connection:
-        request = {"v": 1, "op": "acquire", "source": "mount", "value": str(args.index.absolute())}
+        request = {"v": 1, "op": "acquire", "source": "mount", "value": value}
         answer = connection.request(request, fd)
         tree = answer["tree"]
         if mountinfo.at(tree) is None:

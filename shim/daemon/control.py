@@ -26,8 +26,16 @@ Handler = Callable[["Session", dict[str, Any], list[int]], Answer]
 class Session:
     """One connection. What it holds (`on_close`: leases) goes when it closes, however the peer died."""
 
-    def __init__(self) -> None:
+    def __init__(self, send: Callable[[bytes], None]) -> None:
         self.on_close: list[Callable[[], None]] = []
+        self._send = send
+
+    def announce(self, seconds: float) -> None:
+        """Tell the peer that its answer may take this much longer."""
+        try:
+            self._send(_line({"wait": round(seconds)}))
+        except OSError:
+            pass  # it is gone; what is being made will be there for the next
 
     def close(self) -> None:
         while self.on_close:
@@ -83,7 +91,7 @@ class ControlServer:
         self._socket.close()
 
     def _connection(self, connection: socket.socket) -> None:
-        session = Session()
+        session = Session(connection.sendall)
         try:
             with connection:
                 self._converse(connection, session)

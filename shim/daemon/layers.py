@@ -111,7 +111,7 @@ class Layers:
     def add(self, tree: str, meta: dict[str, Any], directory: Path) -> None:
         """Serve all layers of a prepared tree. Raises TrustError or CacheError; then nothing was added for it."""
         ref = ImageRef.parse(meta["image"], local_paths=False)
-        check_registry(ref.registry, self._settings["trust.registries"])
+        check_registry(ref.registry, self._settings["trust.registries"], ref.repository)
         try:
             for number, layer in enumerate(meta["layers"]):
                 self._add(tree, number, layer, directory / f"spans.{number}", Source(ref, layer["digest"]))

@@ -21,7 +21,9 @@ from shim.daemon import jobs, mounter, notify, who
 from shim.daemon.control import Answer, ControlServer, Session
 from shim.daemon.failures import FailureLog
 from shim.daemon.layers import Layers
+from shim.daemon.resolve import Resolver, show
 from shim.daemon.trees import Trees
+from shim.daemon.trust import SOURCES
 from shim.errors import CacheError, DaemonError, IndexFormatError, ShimError
 from shim.fuse import connection
 from shim.fuse.server import BlobServer
@@ -30,8 +32,6 @@ from shim.settings import Settings
 EXIT_BROKEN = 70  # sysexits(3), EX_SOFTWARE: the supervisor starts another
 _REAP_SECONDS = 5.0
 _SWEEP_SECONDS = 60.0
-_SHOWN = 1024  # characters of a reference in a message
-_SOURCES = ("annotation", "bundle", "marker", "env", "mount")
 _NAMED = 64  # waiting reads whose files are looked up
 _NAME_SECONDS = 4.0
 _RELEASE_SECONDS = 2.0
@@ -106,6 +106,7 @@ class Daemon:
         blobs.mkdir(mode=0o700, exist_ok=True)
         self._blobs_dir = str(blobs.resolve())  # as mountinfo has it; nothing is mounted there yet
         self._failures = FailureLog(self._places, settings.state_dir / "trees")
+        self._resolver = Resolver(settings)
         with ExitStack() as undo:
             self._fuse_fd = connection.mount(self._blobs_dir)
             undo.callback(jobs.run, 10, mounter.clear_stale, str(run))
@@ -192,18 +193,14 @@ class Daemon:
         return True
 
     def _acquire(self, session: Session, request: dict[str, Any], fds: list[int]) -> Answer:
-        value = "".join(c if c.isprintable() else "?" for c in str(request.get("value"))[:_SHOWN])
-        if request.get("source") not in _SOURCES:
-            raise DaemonError(f"unknown source of a reference: {str(request.get('source'))[:40]!r}")
-        if not fds:
-            raise DaemonError(
-                f"the reference {value!r} names no file",
-                hint="this version reads indexes from files: make one with `clip-shim index REF -o FILE`",
-            )
+        source, value = str(request.get("source")), str(request.get("value"))
+        if source not in SOURCES:
+            raise DaemonError(f"unknown source of a reference: {source[:40]!r}")
         try:
-            lease = self._trees.acquire(fds[0])
+            with self._resolver.open(source, value, fds[0] if fds else None, session.announce) as fd:
+                lease = self._trees.acquire(fd)
         except IndexFormatError as error:
-            raise IndexFormatError(f"{value}: {error}", hint=error.hint) from error
+            raise IndexFormatError(f"{show(value)}: {error}", hint=error.hint) from error
         session.on_close.append(lease.release)
         return lease.answer
 

@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import socket
+from typing import Any
 
-from shim.errors import TrustError
+from shim.errors import ConfigError, TrustError
+from shim.registry.ref import ImageRef
 from shim.registry.transport import is_internal
+from shim.settings import Settings
+
+SOURCES = ("annotation", "bundle", "marker", "env", "mount")
+_KEYS = ("registries", "stores")
 
 
-def check_registry(registry: str, trusted: tuple[str, ...]) -> None:
-    """Raise TrustError unless `trust.registries` names the registry, as host or host:port.
+class Trust:
+    """The `trust:` settings, by where a reference stood. `trust.sources.SOURCE.registries` (or `stores`) takes the
+    place of `trust.registries` (`trust.stores`) for references of that source. Raises ConfigError when it is wrong."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._general: dict[str, tuple[str, ...]] = {"registries": settings["trust.registries"]}
+        self._by_source: dict[str, dict[str, tuple[str, ...]]] = {}
+        for source, rules in settings["trust.sources"].items():
+            key = f"trust.sources.{source}"
+            if source not in SOURCES:
+                near = difflib.get_close_matches(source, SOURCES, n=1)
+                raise ConfigError(f"`{key}` is no source of references", hint=f"they are {', '.join(near or SOURCES)}")
+            if not isinstance(rules, dict) or not all(name in _KEYS for name in rules):
+                raise ConfigError(f"`{key}` must be a table of {' and '.join(_KEYS)}")
+            self._by_source[source] = {name: _texts(value, f"{key}.{name}") for name, value in rules.items()}
+
+    def is_narrowed(self, source: str) -> bool:
+        """Whether references of this source have rules of their own."""
+        return source in self._by_source
+
+    def check_registry(self, source: str, image: ImageRef) -> None:
+        """Raise TrustError unless a reference of `source` may lead to the image."""
+        trusted = self._by_source.get(source, {}).get("registries", self._general["registries"])
+        check_registry(image.registry, trusted, image.repository)
+
+
+def _texts(value: Any, key: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) and item.isprintable() for item in value):
+        raise ConfigError(f"`{key}` must be a list of texts")
+    return tuple(value)
+
+
+def check_registry(registry: str, trusted: tuple[str, ...], repository: str = "") -> None:
+    """Raise TrustError unless `trust.registries` names the registry, as host or host:port, or a part of it as
+    host[:port]/REPOSITORY, which stands for that repository and all below it.
 
     "*" stands for all that are not this machine (loopback) or its neighbours on the link, where metadata services live,
     however the address is written: 127.1, 0x7f000001 and 2130706433 are 127.0.0.1 to the C library. Names are not
@@ -18,10 +58,13 @@ def check_registry(registry: str, trusted: tuple[str, ...]) -> None:
     """
     host, port = _split(registry)
     for item in trusted:
-        if item == "*":
+        place, _, part = item.partition("/")
+        if part and not f"{repository}/".startswith(part.rstrip("/*") + "/"):
+            continue
+        if place == "*":
             if not is_internal(host):
                 return
-        elif _split(item) in ((host, port), (host, "")):
+        elif _split(place) in ((host, port), (host, "")):
             return
     raise TrustError(
         f"the index leads to the registry {registry}, which `trust.registries` does not name",

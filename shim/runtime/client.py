@@ -19,17 +19,19 @@ if TYPE_CHECKING:
     from shim.runtime.config import Config
 
 _ANSWER_MAX = 8 << 20
+_WAIT_MAX = 7200  # seconds
 _ABSENT = (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR)
 
 
 class Connection:
     """An open connection to the daemon. A tree that was acquired on it stays mounted until `close`."""
 
-    __slots__ = ("_end", "_socket")
+    __slots__ = ("_end", "_rest", "_socket")
 
     def __init__(self, socket: _socket.socket, end: float) -> None:
         self._socket = socket
         self._end = end
+        self._rest = b""
 
     def request(self, message: dict[str, Any], fd: int = -1) -> dict[str, Any]:
         """Send one request, with a descriptor unless `fd` is -1, and wait for its answer.
@@ -44,6 +46,9 @@ class Connection:
             if sent < len(data):
                 self._socket.sendall(data[sent:])
             answer = self._receive()
+            while isinstance(answer.get("wait"), int):  # the daemon makes an index, and says how long that may take
+                self._end = time.monotonic() + min(answer["wait"], _WAIT_MAX)
+                answer = self._receive()
         except TimeoutError:
             raise DaemonError(
                 "the daemon did not answer in time", hint="see `clip-shim status --waiting`, or raise `mount_deadline`"
@@ -61,21 +66,20 @@ class Connection:
         self._socket.settimeout(left)
 
     def _receive(self) -> dict[str, Any]:
-        parts: list[bytes] = []
+        parts = [self._rest]
         size = 0
-        while True:
+        while b"\n" not in parts[-1]:
             self._limit()
             part = self._socket.recv(65536)
             if not part:
                 raise DaemonError("the daemon ended before it answered")
             parts.append(part)
             size += len(part)
-            if part.endswith(b"\n"):
-                break
             if size > _ANSWER_MAX:
                 raise DaemonError("the daemon's answer has no end")
+        line, _, self._rest = b"".join(parts).partition(b"\n")
         try:
-            answer = jsontext.decode(b"".join(parts))
+            answer = jsontext.decode(line)
         except ValueError as error:
             raise DaemonError(f"the daemon's answer is no JSON: {error}") from None
         if not isinstance(answer, dict):

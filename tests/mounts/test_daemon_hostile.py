@@ -145,7 +145,7 @@ def test_odd_descriptor(unchanged: Host, kind: str, text: str) -> None:
 def test_requests_that_make_no_sense(unchanged: Host) -> None:
     index = unchanged.indexes / "a.clip"
     with Client(unchanged) as client:
-        refused(client.ask({"op": "acquire", "source": "mount", "value": "s3://x/y"}), "DaemonError", "names no file")
+        refused(client.ask({"op": "acquire", "source": "mount", "value": "x/y"}), "DaemonError", "names no file")
         refused(client.acquire(index, source="somewhere"), "DaemonError", "unknown source", "somewhere")
         refused(client.acquire(index, source=["mount"]), "DaemonError", "unknown source")
         refused(client.ask({"op": "acquire", "source": "mount", "value": {"a": "\x1b[31m\n"}}), "DaemonError")

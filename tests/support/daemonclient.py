@@ -20,6 +20,7 @@ class Client:
     """One connection; leases that were acquired on it end with `close`."""
 
     def __init__(self, host: Host, timeout: float = 60.0) -> None:
+        self._data = b""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout)
         self._socket.connect(str(host.run_dir / "control.sock"))
@@ -40,12 +41,16 @@ class Client:
 
     def ask(self, request: Answer, fds: Iterable[int] = ()) -> Answer:
         self.send(request, fds)
-        data = b""
-        while not data.endswith(b"\n"):
+        return self.receive()
+
+    def receive(self) -> Answer:
+        """The next line of the daemon."""
+        while b"\n" not in self._data:
             piece = self._socket.recv(1 << 16)
             assert piece, "the daemon closed the connection"
-            data += piece
-        answer = json.loads(data)
+            self._data += piece
+        line, _, self._data = self._data.partition(b"\n")
+        answer = json.loads(line)
         assert isinstance(answer, dict)
         return answer
 

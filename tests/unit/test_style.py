@@ -28,6 +28,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("shim.mount",),  # mounting trees: EROFS, loop devices, leases, probing
     ("shim.index.merge", "shim.index.build"),
     ("shim.cache",),
+    ("shim.stores",),
     ("shim.tree",),
     ("shim.daemon",),
     ("shim.cli", "shim.__main__"),

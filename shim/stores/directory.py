@@ -1,0 +1,83 @@
+"""Indexes in a local directory: the default store, below STATE/indexes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+
+from shim.errors import StoreError
+from shim.registry.ref import ImageRef
+from shim.stores.base import name_of
+
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class DirectoryStore:
+    """Files named as `name_of` says. A file is written under another name, synced, and linked to its own, which fails
+    when there is one: so the first writer wins, and a reader never meets half a file, also after a crash."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    @property
+    def url(self) -> str:
+        return f"file://{self._root}"
+
+    def open(self, name: str) -> int | None:
+        """A descriptor of the file `name`, or None. A link at its end is not followed."""
+        try:
+            return os.open(self._root / name, _OPEN)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"{self._root / name} cannot be opened: {error.strerror}") from error
+
+    def find(self, image: ImageRef, out: BinaryIO) -> bool:
+        fd = self.open(name_of(image))
+        if fd is None:
+            return False
+        with open(fd, "rb") as file:
+            shutil.copyfileobj(file, out, 1 << 20)
+        return True
+
+    def keep(self, image: ImageRef, file: Path) -> str:
+        return self.put(name_of(image), file)
+
+    def put(self, name: str, file: Path, *, replace: bool = False) -> str:
+        """Store `file` as `name`. replace: in the place of what is there."""
+        target = self._root / name
+        try:
+            target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=".incoming-", dir=target.parent)
+            try:
+                with open(handle, "wb") as out, open(file, "rb") as source:
+                    shutil.copyfileobj(source, out, 1 << 20)
+                    os.fchmod(out.fileno(), 0o644)
+                    out.flush()
+                    os.fsync(out.fileno())
+                if replace:
+                    os.replace(temporary, target)
+                else:
+                    try:
+                        os.link(temporary, target)
+                    except FileExistsError:
+                        pass
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+            _sync(target.parent)
+        except OSError as error:
+            raise StoreError(
+                f"{target} cannot be written: {error.strerror}", hint="is the directory yours, and the disk not full?"
+            ) from error
+        return f"file://{target}"
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
