@@ -107,7 +107,8 @@ class Authenticator:
         if grant.anonymous:
             message = f"{what} needs credentials and none were found ({status})"
         else:
-            message = f"the credentials of {grant.source} may not read {what} ({status})"
+            verb = "write" if "push" in actions else "read"
+            message = f"the credentials of {grant.source} may not {verb} {what} ({status})"
         message += f": {detail}" if detail else ""
         return AuthError(message, status=status, hint=f"not used: {problems}" if problems else None)
 

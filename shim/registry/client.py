@@ -185,6 +185,17 @@ class RegistryClient:
 
         self._over_hosts(ref, PULL, ask, None)
 
+    def on_writer(self, registry: str, work: Callable[[Endpoint], T]) -> T:
+        """Do `work` with the host that takes what is pushed to `registry`, again as the policy says."""
+        able = self._for(registry, "push") or [e for e in self._for(registry, PULL) if not e.host.is_mirror]
+        if not able:
+            raise RegistryError(f"no host of {registry} may push", hint="see `capabilities` in `registries`")
+        return self._attempt(able[0], lambda endpoint, _: work(endpoint), self._policy.attempts, None)
+
+    def pause(self, failures: int, error: RegistryError) -> bool:
+        """Wait as long as the policy says after the `failures`-th failure in a row; False: it says to give up."""
+        return pause(self._policy, self._hooks, failures, error, None)
+
     def hosts(self, ref: ImageRef) -> list[str]:
         """The host[:port] names that are asked for `ref`, in order."""
         return [endpoint.name for endpoint in self._for(ref.registry, PULL)]

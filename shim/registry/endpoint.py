@@ -25,12 +25,13 @@ from shim.registry.transport import MAX_ERROR_BODY, Response, Transport, is_inte
 MAX_REDIRECTS = 8
 MAX_REMEMBERED = 4096
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
-REMOTE_HEADERS = ("Range", "Accept")  # all that a foreign origin is told
+REMOTE_HEADERS = ("Range", "Accept", "Content-Type", "Content-Range")  # all that a foreign origin is told
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is asked: `path` below /v2/REPOSITORY/. `memo` names the thing for the memory of redirects."""
+    """What is asked: `path` below /v2/REPOSITORY/. `memo` names the thing for the memory of redirects. `target` takes
+    the place of `path`, which then is only for messages: another path, or the URL that an upload was given."""
 
     method: str
     repository: str
@@ -40,6 +41,8 @@ class Call:
     memo: str | None = None
     actions: str = "pull"
     follow: bool = True  # False: that the host redirects is answer enough
+    body: bytes | None = None
+    target: str | None = None
 
 
 class Endpoint:
@@ -80,8 +83,11 @@ class Endpoint:
         raise self._error(call, response)
 
     def _url(self, call: Call) -> str:
-        query = "?" + urlencode({"ns": self.host.namespace}) if self.host.namespace else ""
-        return f"{self.host.base}/v2/{call.repository}/{call.path}{query}"
+        path = call.target or call.path
+        if path.startswith(("http://", "https://")):
+            return path
+        query = ("&" if "?" in path else "?") + urlencode({"ns": self.host.namespace}) if self.host.namespace else ""
+        return f"{self.host.base}/v2/{call.repository}/{path}{query}"
 
     def _from_memory(self, call: Call, deadline: float | None) -> Response | None:
         """The answer of the remembered address, or None when there is none or it has expired."""
@@ -129,7 +135,8 @@ class Endpoint:
 
     def _follow(self, call: Call, header: str | None, deadline: float | None) -> tuple[Response, bool]:
         """(answer that is no redirect, whether it is the host's own)."""
-        url, home = self._url(call), True
+        url = self._url(call)
+        home = origin_of(url) == self.host.origin  # an upload may go elsewhere from its beginning
         for _ in range(MAX_REDIRECTS):
             if home:
                 headers = {**dict(self.host.headers), **dict(call.headers)}
@@ -167,7 +174,9 @@ class Endpoint:
         self, call: Call, url: str, headers: Mapping[str, str], deadline: float | None, *, away: bool = False
     ) -> Response:
         tls = self.host.tls.foreign() if away else self.host.tls
-        return self._transport.exchange(call.method, url, headers, tls=tls, kind=call.kind, deadline=deadline)
+        return self._transport.exchange(
+            call.method, url, headers, tls=tls, kind=call.kind, deadline=deadline, body=call.body
+        )
 
     def _fetch_token(
         self, url: str, headers: dict[str, str], form: bytes | None, deadline: float | None
