@@ -1,4 +1,4 @@
-"""The one logging set-up: console lines on a terminal, one JSON object a line elsewhere.
+"""The one logging set-up: console lines on a terminal, journal fields under systemd, one JSON object a line elsewhere.
 
 structlog is imported with the first line that is written, since a starting daemon serves reads before it talks.
 Secrets never come here: callers log hosts, digests and paths, not URLs with queries, headers or credentials.
@@ -6,8 +6,12 @@ Secrets never come here: callers log hosts, digests and paths, not URLs with que
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
@@ -15,13 +19,34 @@ _lock = threading.Lock()
 _logger: Any = None
 _level = "info"
 _format = "auto"
+_context: ContextVar[dict[str, object]] = ContextVar("log", default={})  # noqa: B039  replaced, never altered
 
 
 def configure(level: str, format_: str) -> None:
-    """Set the least level and the form ("auto", "console", "json"). Takes effect for lines written from now on."""
+    """Set the least level and the form ("auto", "console", "json", "journal"), for lines written from now on."""
     global _level, _format, _logger
     with _lock:
         _level, _format, _logger = level, format_, None
+
+
+@contextmanager
+def context(**fields: object) -> Iterator[None]:
+    """Fields of every line that this thread writes inside; those that are None are left out."""
+    token = _context.set({**_context.get(), **{key: value for key, value in fields.items() if value is not None}})
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def _form() -> str:
+    if _format != "auto":
+        return _format
+    if sys.stderr.isatty():
+        return "console"
+    # systemd.exec(5): device and inode of the stream that leads to the journal, so that a redirected stderr is noticed
+    status = os.fstat(2)
+    return "journal" if os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}" else "json"
 
 
 def _get() -> Any:
@@ -30,8 +55,15 @@ def _get() -> Any:
         if _logger is None:
             import structlog
 
-            console = _format == "console" or (_format == "auto" and sys.stderr.isatty())
-            renderer: Any = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+            form = _form()
+            renderer: Any = structlog.processors.JSONRenderer()
+            factory: Any = structlog.PrintLoggerFactory(sys.stderr)
+            if form == "console":
+                renderer = structlog.dev.ConsoleRenderer()
+            elif form == "journal":
+                from shim.journal import Journal, render
+
+                renderer, factory = render, Journal
             structlog.configure(
                 processors=[
                     structlog.processors.add_log_level,
@@ -40,7 +72,7 @@ def _get() -> Any:
                     renderer,
                 ],
                 wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[_level]),
-                logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+                logger_factory=factory,
                 cache_logger_on_first_use=False,
             )
             _logger = structlog.get_logger()
@@ -49,21 +81,21 @@ def _get() -> Any:
 
 def debug(event: str, **fields: object) -> None:
     if _level == "debug":
-        _get().debug(event, **fields)
+        _get().debug(event, **{**_context.get(), **fields})
 
 
 def info(event: str, **fields: object) -> None:
-    _get().info(event, **fields)
+    _get().info(event, **{**_context.get(), **fields})
 
 
 def warning(event: str, **fields: object) -> None:
-    _get().warning(event, **fields)
+    _get().warning(event, **{**_context.get(), **fields})
 
 
 def error(event: str, **fields: object) -> None:
-    _get().error(event, **fields)
+    _get().error(event, **{**_context.get(), **fields})
 
 
 def exception(event: str, **fields: object) -> None:
     """An error with the current traceback: only for what should never happen."""
-    _get().exception(event, **fields)
+    _get().exception(event, **{**_context.get(), **fields})

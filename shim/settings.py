@@ -110,6 +110,21 @@ def _table(value: object) -> dict[str, Any]:
     return dict(value)
 
 
+def _listen(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(_LISTEN)
+    path = value.removeprefix("unix:")
+    if value == "" or (path != value and path.startswith("/") and path.isprintable()):
+        return value
+    match = re.fullmatch(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", value)
+    if not match or int(match[1]) > 65535:
+        raise ValueError(_LISTEN)
+    return value
+
+
+_LISTEN = "empty, unix:/path/of/a/socket, or host:port such as 127.0.0.1:9736"
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     key: str  # dotted YAML path; the environment name is CLIP_SHIM_ + key with dots as underscores, upper case
@@ -166,12 +181,24 @@ SETTINGS: tuple[Setting, ...] = (
         "narrower rules by where a reference stands: {annotation|bundle|marker|env|mount: {registries: […]}}",
     ),
     Setting("registries", _table, {}, "per registry: mirrors, ca, client certificate, plain http, headers"),
+    Setting(
+        "metrics.listen",
+        _listen,
+        "",
+        "where Prometheus metrics are served: host:port or unix:/path; empty for nowhere",
+    ),
+    Setting(
+        "report.seconds",
+        _seconds,
+        "30s",
+        "how long the reads of a starting container are recorded for `clip-shim report`; 0 for not at all",
+    ),
     Setting("log.level", _choice("debug", "info", "warning", "error"), "info", "least level that is logged"),
     Setting(
         "log.format",
-        _choice("auto", "console", "json"),
+        _choice("auto", "console", "json", "journal"),
         "auto",
-        "auto is console on a terminal, json elsewhere",
+        "auto is console on a terminal, journal (fields) under systemd, json elsewhere",
     ),
 )
 BY_KEY = {setting.key: setting for setting in SETTINGS}

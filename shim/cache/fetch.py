@@ -165,6 +165,11 @@ class LazyLayer:
                 return ""
             return f"{self._source or 'the registry'}: {self._transfer.error or 'no bytes came yet'}"
 
+    @property
+    def counters(self) -> LayerStats:
+        """The counters as they are, without `cached_bytes` and `hits`."""
+        return self._transfer.stats
+
     def stats(self) -> LayerStats:
         """A copy of the counters. `hits` is counted without a lock, so it may be off by a few."""
         with self._lock:
@@ -297,8 +302,7 @@ class LazyLayer:
             waiters = self._waiters.pop(span, [])
             if not job.local:
                 ahead = (job.ahead or span in job.marks) and not waiters
-                self._transfer.stats.readahead += ahead
-                self._transfer.stats.demand += not ahead
+                self._transfer.count(self.cached.span_length(span), ahead)
             volatile = not kept or self.cached.states[span] == states.IN_MEMORY  # may be pushed out before it is read
             for waiter in waiters:
                 waiter.missing.discard(span)

@@ -25,7 +25,8 @@ _LONGEST_DELAY = 5.0
 class LayerStats:
     """Counters since the layer was opened. Bytes: `size` and `cached_bytes` uncompressed, `fetched_bytes` compressed.
 
-    `demand` and `readahead` count spans fetched because somebody waited for their run, or was expected to.
+    `demand` and `readahead` count spans fetched because somebody waited for their run, or was expected to; the bytes of
+    both are uncompressed.
     """
 
     diff_id: str
@@ -38,6 +39,8 @@ class LayerStats:
     hits: int = 0
     misses: int = 0
     failures: int = 0
+    demand_bytes: int = 0
+    ahead_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -93,6 +96,16 @@ class Transfer:
         self._closed = closed
         self._clock = clock
         self._pause = pause
+
+    def count(self, size: int, ahead: bool) -> None:
+        """One span of `size` bytes came; the caller has the lock."""
+        stats = self.stats
+        if ahead:
+            stats.readahead += 1
+            stats.ahead_bytes += size
+        else:
+            stats.demand += 1
+            stats.demand_bytes += size
 
     def run(self, job: Job) -> None:
         """Get a job's spans, trying again as LazyLayer describes. Ends with nothing left in the job."""

@@ -18,6 +18,7 @@ _MAX_LINE = 1 << 16  # bytes; a request names one container
 _MAX_FDS = 4
 _MAX_CONNECTIONS = 512
 _RETRY_SECONDS = 0.1
+_SHOWN = 256  # characters of an ID in a log line
 
 Answer = dict[str, Any]
 Handler = Callable[["Session", dict[str, Any], list[int]], Answer]
@@ -29,6 +30,7 @@ class Session:
     def __init__(self, send: Callable[[bytes], None]) -> None:
         self.on_close: list[Callable[[], None]] = []
         self._send = send
+        self.notes: dict[str, Any] = {}  # what a handler wants to find again
 
     def announce(self, seconds: float) -> None:
         """Tell the peer that its answer may take this much longer."""
@@ -130,7 +132,14 @@ class ControlServer:
 
     def _answer(self, session: Session, line: bytes, fds: list[int]) -> Answer:
         try:
-            request = json.loads(line)
+            request: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            return _failure(DaemonError(f"the request is not valid: {error}"))
+        with log.context(container=_container(request)):
+            return self._handle(session, request, fds)
+
+    def _handle(self, session: Session, request: Any, fds: list[int]) -> Answer:
+        try:
             if not isinstance(request, dict) or request.get("v") != 1:
                 raise DaemonError("the request is not of protocol version 1", hint="wrapper and daemon differ: restart")
             handler = self._handlers.get(str(request.get("op")))
@@ -145,6 +154,12 @@ class ControlServer:
         except Exception as error:  # noqa: BLE001  one bad request must not end the daemon; the trace goes to the log
             log.exception("request failed")
             return _failure(DaemonError(f"internal error: {type(error).__name__}: {error}"))
+
+
+def _container(request: Any) -> str | None:
+    """The ID of the container that a request is for, for log lines."""
+    container = request.get("container") if isinstance(request, dict) else None
+    return str(container.get("id"))[:_SHOWN] if isinstance(container, dict) else None
 
 
 def _is_foreign(pid: int) -> bool:

@@ -16,7 +16,7 @@ from shim.daemon import jobs, naming
 from shim.errors import ShimError
 from shim.fuse.blob import ReadFailure
 
-Places = Callable[[str], tuple[list[tuple[str, int]], list[str]]]  # Layers.places
+Places = Callable[[str], tuple[list[tuple[str, int]], list[str], list[str]]]  # Layers.places
 _QUEUE = 256
 _LINES = 8  # of one batch; the rest is counted
 _PAUSE = 1.0  # seconds between batches
@@ -27,11 +27,13 @@ class FailureLog:
     """`add` takes a failed read from any thread, at once; a thread of its own logs it: one line that names the file,
     the layer and offset, the host and the cause.
 
-    trees: STATE/trees, where the indexes are.
+    trees: STATE/trees, where the indexes are. container: names the container of a process.
     """
 
-    def __init__(self, places: Places, trees: Path) -> None:
+    def __init__(self, places: Places, trees: Path, container: Callable[[int], str | None]) -> None:
         self._places = places
+        self._container = container
+        self.count = 0  # reads that failed
         self._trees = trees
         self._queue: queue.Queue[ReadFailure | None] = queue.Queue(_QUEUE)
         self._closed = threading.Event()
@@ -43,6 +45,8 @@ class FailureLog:
         self._thread.start()
 
     def add(self, failure: ReadFailure) -> None:
+        with self._lock:
+            self.count += 1
         try:
             self._queue.put_nowait(failure)
         except queue.Full:
@@ -60,7 +64,7 @@ class FailureLog:
 
     def files(self, blob: str, ranges: Sequence[naming.Range], deadline: float = _DEADLINE) -> list[list[str]]:
         """For each (offset, length) of a blob the files that have bytes there; empty lists where nobody can say."""
-        indexes, _ = self._places(blob)
+        indexes, _, _ = self._places(blob)
         for hex_, number in indexes[:1]:
             try:
                 index = str(self._trees / hex_ / "index.clip")
@@ -88,12 +92,14 @@ class FailureLog:
             self._closed.wait(_PAUSE)
 
     def _log(self, blob: str, failures: list[ReadFailure]) -> None:
-        _, hosts = self._places(blob)
+        _, hosts, images = self._places(blob)
         ranges = [(failure.offset, failure.size) for failure in failures]
         names: list[list[str]] = [[] for _ in ranges] if self._closed.is_set() else self.files(blob, ranges)
         for failure, files in zip(failures, names, strict=True):
             log.error(
                 "read failed",
+                container=self._container(failure.pid),
+                image=images[0] if images else None,
                 file=files[0] if files else None,
                 files=len(files),
                 layer=f"sha256:{blob.partition('-')[0]}",

@@ -6,14 +6,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shim import log
 from shim.cache.fetch import LazyLayer
 from shim.cache.pool import FetchPool
-from shim.cache.store import LayerCache, layer_name
+from shim.cache.store import Entry, LayerCache, layer_name
+from shim.cache.transfer import LayerStats
+from shim.daemon.trace import Listener, WatchedBlob
 from shim.daemon.trust import check_registry
 from shim.errors import CacheError, IntegrityError, RegistryError, ShimError
 from shim.fuse.blob import Waiting
@@ -46,6 +48,22 @@ class Source:
         return (self.ref.name, self.digest) == (other.ref.name, other.digest)
 
 
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What was fetched: `fetched` bytes as they came, the uncompressed ones somebody waited for, and those ahead."""
+
+    fetched: int = 0
+    requests: int = 0
+    demand: int = 0
+    ahead: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*map(int.__add__, astuple(self), astuple(other)))
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(*(max(0, a - b) for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
 @dataclass(slots=True)
 class ServedLayer:
     """A blob file. `users`: hexes of the mounted trees over it. `sources`: the repositories of the trees it served.
@@ -56,6 +74,7 @@ class ServedLayer:
     users: set[str] = field(default_factory=set)
     sources: list[Source] = field(default_factory=list)
     places: dict[str, int] = field(default_factory=dict)
+    watched: WatchedBlob | None = None
 
     def note(self, tree: str, number: int, source: Source) -> None:
         """One more tree over it."""
@@ -103,6 +122,7 @@ class Layers:
         self._settled = threading.Condition(self._lock)
         self._served: dict[str, ServedLayer] = {}
         self._pending: set[str] = set()
+        self._gone = LayerStats("", 0)  # what layers counted that are closed
 
     def warm(self) -> None:
         """Import what the first fetch needs: half a second that no container should wait for."""
@@ -229,6 +249,8 @@ class Layers:
         for name, served in gone.items():
             try:
                 served.lazy.close()
+                with self._lock:
+                    self._gone = _sum(self._gone, served.lazy)
                 self._cache.close_layer(served.lazy.cached)
                 served.spans.close()
                 log.debug("layer no longer served", layer=name)
@@ -244,14 +266,46 @@ class Layers:
             log.error("the journal of blobs cannot be written", error=str(error))
             return True
 
-    def places(self, name: str) -> tuple[list[tuple[str, int]], list[str]]:
-        """For messages about a blob: (hex of an index that has the layer, its number there), the latest first, and the
-        registries it comes from."""
+    def places(self, name: str) -> tuple[list[tuple[str, int]], list[str], list[str]]:
+        """For messages about a blob: (hex of an index that has the layer, its number there), the latest first; the
+        registries it comes from; images that have it, the latest first."""
         with self._lock:
             served = self._served.get(name)
             if served is None:
-                return [], []
-            return list(reversed(served.places.items())), sorted({source.ref.registry for source in served.sources})
+                return [], [], []
+            sources = served.sources
+            registries = sorted({source.ref.registry for source in sources})
+            return list(reversed(served.places.items())), registries, [str(s.ref) for s in reversed(sources)]
+
+    def watch(self, names: list[str], listener: Listener) -> None:
+        """Tell `listener` of every read of these layers, until `unwatch`."""
+        with self._lock:
+            for name in names:
+                served = self._served.get(name)
+                if served is not None:
+                    served.watched = served.watched or WatchedBlob(served.lazy)
+                    served.watched.watchers += (listener,)
+                    self._server.substitute(served.watched)
+
+    def unwatch(self, names: list[str], listener: Listener) -> None:
+        with self._lock:
+            for name in names:
+                served = self._served.get(name)
+                if served is not None and served.watched is not None:
+                    left = tuple(other for other in served.watched.watchers if other != listener)
+                    served.watched.watchers = left
+                    if not left:
+                        served.watched = None
+                        self._server.substitute(served.lazy)
+
+    def traffic_by_layer(self, names: list[str] | None = None) -> dict[str, Traffic]:
+        """What each layer (of `names`) has fetched since it was opened."""
+        with self._lock:
+            lazies = {n: s.lazy.counters for n, s in self._served.items() if names is None or n in names}
+        return {
+            name: Traffic(stats.fetched_bytes, stats.requests, stats.demand_bytes, stats.ahead_bytes)
+            for name, stats in lazies.items()
+        }
 
     def waiting(self) -> list[Waiting]:
         """The reads that wait for a registry, oldest first."""
@@ -274,6 +328,27 @@ class Layers:
                 for item in self._served.values()
             ]
 
+    def totals(self) -> LayerStats:
+        """All layers' counters together, since the daemon's start; without sizes."""
+        with self._lock:
+            total = self._gone
+            for served in self._served.values():
+                total = _sum(total, served.lazy)
+        return total
+
+    def busy_count(self) -> int:
+        """Layers that fetch."""
+        with self._lock:
+            lazies = [served.lazy for served in self._served.values()]
+        return sum(lazy.is_busy for lazy in lazies)
+
+    def served_count(self) -> int:
+        return len(self._served)
+
+    def cache_entries(self) -> list[Entry]:
+        """The layers on disk."""
+        return self._cache.entries()
+
     def traffic(self) -> dict[str, Any]:
         """Requests and bytes from registries since the start, by host and kind."""
         total: dict[str, dict[str, int]] = {}
@@ -290,3 +365,11 @@ class Layers:
         self._cache.close()
         self._client.close()
         self._impatient.close()
+
+
+def _sum(total: LayerStats, lazy: LazyLayer) -> LayerStats:
+    """Counters and those of one more layer, added up."""
+    more = lazy.counters
+    names = ("fetched_bytes", "requests", "demand", "readahead", "misses", "failures", "demand_bytes", "ahead_bytes")
+    added = {name: getattr(total, name) + getattr(more, name) for name in names}
+    return LayerStats("", 0, hits=total.hits + max(0, lazy.cached.uses - more.misses), **added)

@@ -14,7 +14,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shim import __version__, log
 from shim.daemon import jobs, mounter, notify, who
@@ -22,12 +22,16 @@ from shim.daemon.control import Answer, ControlServer, Session
 from shim.daemon.failures import FailureLog
 from shim.daemon.layers import Layers
 from shim.daemon.resolve import Resolver, show
+from shim.daemon.starts import Starts
 from shim.daemon.trees import Trees
 from shim.daemon.trust import SOURCES
 from shim.errors import CacheError, DaemonError, IndexFormatError, ShimError
 from shim.fuse import connection
 from shim.fuse.server import BlobServer
 from shim.settings import Settings
+
+if TYPE_CHECKING:
+    from shim.daemon.metrics import Endpoint
 
 EXIT_BROKEN = 70  # sysexits(3), EX_SOFTWARE: the supervisor starts another
 _REAP_SECONDS = 5.0
@@ -105,7 +109,7 @@ class Daemon:
             log.warning("left by a daemon that died, detached", path=path)
         blobs.mkdir(mode=0o700, exist_ok=True)
         self._blobs_dir = str(blobs.resolve())  # as mountinfo has it; nothing is mounted there yet
-        self._failures = FailureLog(self._places, settings.state_dir / "trees")
+        self._failures = FailureLog(self._places, settings.state_dir / "trees", self._container_of)
         self._resolver = Resolver(settings)
         with ExitStack() as undo:
             self._fuse_fd = connection.mount(self._blobs_dir)
@@ -120,14 +124,39 @@ class Daemon:
             )
             self._layers = Layers(settings, self._server)
             self._trees = Trees(settings, self._layers, self._blobs_dir)
+            self._starts = Starts(self._layers, settings["report.seconds"])
             self._control = ControlServer(
                 run / "control.sock",
-                {"acquire": self._acquire, "status": self._status, "ping": lambda *_: {"pid": os.getpid()}},
+                {
+                    "acquire": self._acquire,
+                    "started": self._starts.started,
+                    "report": self._starts.report,
+                    "status": self._status,
+                    "ping": lambda *_: {"pid": os.getpid()},
+                },
             )
+            self._metrics: Endpoint | None = None
             undo.pop_all()
 
-    def _places(self, blob: str) -> tuple[list[tuple[str, int]], list[str]]:
+    def _serve_metrics(self) -> None:
+        """Where `metrics.listen` says so; tried again from time to time: a predecessor may still have the address."""
+        listen = self._settings["metrics.listen"]
+        if not listen or self._metrics is not None:
+            return
+        try:
+            from shim.daemon.measures import Measures
+            from shim.daemon.metrics import Endpoint
+
+            parts = (self._layers, self._trees, self._server, self._starts, self._failures)
+            self._metrics = Endpoint(listen, Measures(*parts, self._settings.state_dir))
+        except (DaemonError, ImportError) as error:
+            log.error("no metrics are served", error=str(error))
+
+    def _places(self, blob: str) -> tuple[list[tuple[str, int]], list[str], list[str]]:
         return self._layers.places(blob)
+
+    def _container_of(self, pid: int) -> str | None:
+        return who.describe(pid, who.containers(self._settings.run_dir))[1]
 
     def start(self) -> None:
         self._server.start()
@@ -146,14 +175,17 @@ class Daemon:
             log.error("no tree can be mounted here", error=str(error), hint=hint)
 
     def _housekeeping(self) -> None:
+        self._serve_metrics()
         next_sweep = 0.0
         period = min(_REAP_SECONDS, max(0.1, self._settings["tree_linger"] / 2))
         while not self._stopping.wait(period):
             try:
                 self._trees.reap()
+                self._starts.tick()
                 if time.monotonic() >= next_sweep:
                     next_sweep = time.monotonic() + _SWEEP_SECONDS
                     self._sweep()
+                    self._serve_metrics()
             except ShimError as error:
                 log.warning("housekeeping failed", error=str(error))
             except Exception:  # noqa: BLE001  whatever it is, the next round may be better
@@ -168,6 +200,8 @@ class Daemon:
         """Unmount what nobody uses and end. What is in use stays mounted; its uncached reads fail until a start."""
         self._stopping.set()
         self._control.close()
+        if self._metrics is not None:
+            self._metrics.close()
         self._trees.close()
         if self._blobs_are_free():
             try:
@@ -196,12 +230,14 @@ class Daemon:
         source, value = str(request.get("source")), str(request.get("value"))
         if source not in SOURCES:
             raise DaemonError(f"unknown source of a reference: {source[:40]!r}")
+        begin = self._starts.asked(session)
         try:
             with self._resolver.open(source, value, fds[0] if fds else None, session.announce) as fd:
                 lease = self._trees.acquire(fd)
         except IndexFormatError as error:
             raise IndexFormatError(f"{show(value)}: {error}", hint=error.hint) from error
         session.on_close.append(lease.release)
+        self._starts.acquired(session, request, begin, lease.answer, lease.blobs)
         return lease.answer
 
     def _status(self, _session: Session, request: dict[str, Any], _fds: list[int]) -> Answer:

@@ -46,6 +46,10 @@ class ImageTree:
     portable: PortableTree | None = None
     device: str = ""  # major:minor while it is mounted: what a wrapper must see at its path
 
+    @property
+    def image(self) -> str:
+        return str(self.meta["image"]) if self.meta is not None else ""
+
 
 @dataclass(slots=True)
 class Lease:
@@ -53,6 +57,7 @@ class Lease:
 
     tree: ImageTree
     answer: dict[str, Any]
+    blobs: list[str]  # its layers' files
     release: Callable[[], None]
 
 
@@ -136,7 +141,7 @@ class Trees:
                 once.set()
                 self._release(tree)
 
-        return Lease(tree, answer, release)
+        return Lease(tree, answer, [layer["blob"] for layer in meta["layers"]], release)
 
     def _release(self, tree: ImageTree) -> None:
         with self._lock:
@@ -150,7 +155,7 @@ class Trees:
             raise DaemonError("the tree is still being mounted for another container", hint=jobs.SLOW)
         try:
             if tree.mounted is not None and not self._is_there(tree):
-                log.warning("a tree is no longer mounted; mounting it again", index=tree.hex)
+                log.warning("a tree is no longer mounted; mounting it again", image=tree.image, index=tree.hex)
                 self._let_go(tree)
             if tree.mounted is None or tree.meta is None:
                 if tree.failed is not None and tree.failed[0] >= asked:
@@ -280,7 +285,7 @@ class Trees:
         self._let_go(tree)
         if self._clear(tree):
             self._layers.sweep()
-            log.info("tree unmounted", index=tree.hex)
+            log.info("tree unmounted", image=tree.image, index=tree.hex)
 
     def _clear(self, tree: ImageTree) -> bool:
         """tree.lock is held. True: nothing is mounted at its path; False: that is unsure, `reap` tries again."""
@@ -288,7 +293,7 @@ class Trees:
         try:
             jobs.run(_UNMOUNT_SECONDS, mounter.unmount_tree, str(self._run / tree.hex))
         except ShimError as error:
-            log.warning("tree not unmounted", index=tree.hex, error=str(error))
+            log.warning("tree not unmounted", image=tree.image, index=tree.hex, error=str(error))
         else:
             tree.unsure = False
         return not tree.unsure

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from shim.counters import Histogram
 from shim.fuse.blob import Blob
 
 SCAN_SECONDS = 0.2
@@ -67,6 +68,7 @@ class ParkedRequests:
         self._requests: dict[int, Parked] = {}
         self._wake = threading.Condition()
         self._closed = False
+        self.waits = Histogram()  # how long those that were answered had waited
         self._thread = threading.Thread(target=self._watch, name="fuse-parked", daemon=True)
 
     def start(self) -> None:
@@ -94,7 +96,10 @@ class ParkedRequests:
     def take(self, unique: int) -> Parked | None:
         """Remove a request in order to answer it; None if another did."""
         with self._wake:
-            return self._requests.pop(unique, None)
+            request = self._requests.pop(unique, None)
+            if request is not None:
+                self.waits.add(time.monotonic() - request.since)
+            return request
 
     def interrupt(self, unique: int) -> None:
         """The kernel reports a signal for a request: end it if the signal is SIGKILL."""

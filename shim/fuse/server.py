@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shim import log
+from shim.counters import Histogram
 from shim.errors import DaemonError, ShimError
 from shim.fuse import proto
 from shim.fuse.blob import Blob, Buffer, ReadFailure, Waiting
@@ -141,6 +142,12 @@ class BlobServer:
         self._notify(proto.NOTIFY_INVAL_ENTRY, proto.inval_entry(blob.name))  # waits for lookups: not under the lock
         return True
 
+    def substitute(self, blob: Blob) -> None:
+        """Answer reads of a blob's file from `blob` from now on, which has the same name, node and size."""
+        with self._lock:
+            if blob.node_id in self.blobs:
+                self.blobs[blob.node_id] = blob
+
     def open_count(self, node_id: int) -> int:
         """How many open files the blob has: those of EROFS mounts, loop devices and readers."""
         return self._journal.open_count(node_id)
@@ -174,6 +181,11 @@ class BlobServer:
     def _notify(self, code: int, data: bytes = b"") -> None:
         """A message to the kernel that answers nothing: its header has the code instead of an error."""
         self.send((proto.OUT_HEADER.pack(proto.OUT_HEADER.size + len(data), code, 0), data))
+
+    @property
+    def waits(self) -> Histogram:
+        """How long reads waited that were not answered from the cache."""
+        return self._parked.waits
 
     def waiting(self) -> list[Waiting]:
         """The reads that wait for bytes now, oldest first."""

@@ -59,6 +59,14 @@ class Connection:
             raise _error_of(answer)
         return answer
 
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message whose answer nobody waits for. A daemon that is gone is no error."""
+        try:
+            self._socket.setblocking(False)
+            self._socket.send((jsontext.encode(message) + "\n").encode())
+        except OSError:
+            pass
+
     def _limit(self) -> None:
         left = self._end - time.monotonic()
         if left <= 0:
