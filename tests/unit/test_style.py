@@ -31,6 +31,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("shim.stores",),
     ("shim.tree",),
     ("shim.daemon",),
+    ("shim.doctor",),
     ("shim.cli", "shim.__main__"),
 )
 ROW_OF = {place: row for row, places in enumerate(ROWS) for place in places}

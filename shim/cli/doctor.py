@@ -1,0 +1,77 @@
+"""`clip-shim doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shim.doctor.node import Node
+    from shim.doctor.result import Result
+
+_MARKS = {"ok": ("✓", "32"), "skipped": ("-", "2"), "warning": ("!", "33"), "failed": ("✗", "31")}
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = sub.add_parser(
+        "doctor",
+        help="say what is wrong with this node, and the mend",
+        description="Try everything that containers need on this node, and say what is wrong and how to mend it. "
+        "Exit code: 0 all well, 1 warnings, 2 failures.",
+    )
+    parser.add_argument("--check", action="append", default=[], metavar="NAME", help="only this check (repeatable)")
+    parser.add_argument("--list", action="store_true", help="name the checks")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from shim.doctor import checks
+
+    if args.list:
+        width = max(len(check.name) for check in checks.CHECKS)
+        for check in checks.CHECKS:
+            print(f"{check.name:{width}}  {check.help}")
+        return 0
+    chosen = checks.select(args.check)
+    node = _node()
+    results: list[Result] = []
+    for check in chosen:
+        for result in checks.run(check, node):
+            results.append(result)
+            if not args.json:
+                _print(result)
+    if args.json:
+        json.dump({"checks": [result.to_json() for result in results]}, sys.stdout, indent=2)
+        print()
+    else:
+        _summary(results)
+    return checks.exit_code(results)
+
+
+def _node() -> Node:
+    from shim import settings
+    from shim.cli.runtime_path import ensure_launcher, runtime_path
+    from shim.doctor.node import Node
+
+    loaded = settings.load()
+    return Node(loaded, runtime_path(), lambda: ensure_launcher(loaded))
+
+
+def _print(result: Result) -> None:
+    mark, colour = _MARKS[result.status]
+    if sys.stdout.isatty():
+        mark = f"\x1b[{colour}m{mark}\x1b[0m"
+    print(f"{mark} {result.check}: {result.found}", flush=True)
+    if result.status in ("warning", "failed"):
+        print(f"    expected: {result.expected}")
+        if result.fix:
+            print(f"    fix: {result.fix}", flush=True)
+
+
+def _summary(results: list[Result]) -> None:
+    count = {status: sum(result.status == status for result in results) for status in _MARKS}
+    text = f"{count['ok']} ok, {count['skipped']} skipped, {count['warning']} warnings, {count['failed']} failed"
+    print(f"\n{text}")

@@ -1,0 +1,57 @@
+"""The table of checks, and how they are run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import replace
+
+from shim.doctor import daemon, kernel, storage
+from shim.doctor.node import Node, why
+from shim.doctor.result import Check, Result, failed
+from shim.errors import ShimError, UsageError
+
+CHECKS: tuple[Check, ...] = (
+    Check("root", kernel.root, "who runs this"),
+    Check("fuse-device", kernel.fuse_device, "/dev/fuse can be opened"),
+    Check("openat2", kernel.openat2, "the system call openat2"),
+    Check("mount-api", kernel.mount_api, "fsopen, fsmount and move_mount"),
+    Check("fuse-resend", kernel.fuse_resend, "requests survive a crash of their server"),
+    Check("erofs", kernel.erofs, "EROFS mounted from a file"),
+    Check("overlay-options", kernel.overlay_options, "an overlay with the options that containers get"),
+    Check("lazy-tree", kernel.lazy_tree, "an overlay on a lazily loaded tree: exec, copy-up, xattrs"),
+    Check("state-dir", storage.state_dir, "the file system of `state_dir`"),
+    Check("space", storage.space, "free space and inodes below `state_dir`"),
+    Check("daemon", daemon.answering, "the daemon answers"),
+)
+BY_NAME = {check.name: check for check in CHECKS}
+
+
+def select(names: list[str]) -> list[Check]:
+    """The checks of these names, all for none. UsageError for a name that is none."""
+    for name in names:
+        if name not in BY_NAME:
+            near = difflib.get_close_matches(name, BY_NAME, n=1)
+            raise UsageError(
+                f"there is no check {name!r}", hint=f"did you mean {near[0]}?" if near else "see `doctor --list`"
+            )
+    return [BY_NAME[name] for name in names] or list(CHECKS)
+
+
+def run(check: Check, node: Node) -> Iterator[Result]:
+    """The results of one check. An error that it did not expect is a result too."""
+    try:
+        for result in check.run(node):
+            yield replace(result, check=check.name)
+    except (ShimError, OSError) as error:
+        fix = error.hint if isinstance(error, ShimError) and error.hint else "see the message"
+        yield replace(failed(why(error), check.help, fix), check=check.name)
+    except Exception as error:  # noqa: BLE001  a defect in one check must not hide the others' findings
+        text = f"the check itself failed: {type(error).__name__}: {error}"
+        yield replace(failed(text, check.help, "this is a defect in clip-shim"), check=check.name)
+
+
+def exit_code(results: list[Result]) -> int:
+    """0 all well, 1 warnings, 2 failures."""
+    found = {result.status for result in results}
+    return 2 if "failed" in found else 1 if "warning" in found else 0

@@ -1,0 +1,80 @@
+"""The node that is looked at: settings and what several checks need, made once and late."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import closing
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from shim.errors import DaemonError, ShimError
+from shim.registry.client import RegistryClient
+from shim.runtime import client, jsontext
+from shim.settings import Settings
+
+_ANSWER_SECONDS = 5.0
+
+
+class Node:
+    """settings: as loaded; launcher: the file that engines run (it may be absent); write_launcher: makes it; bundle: a
+    directory to look at, or None. Not for several threads."""
+
+    def __init__(self, settings: Settings, launcher: Path, write_launcher: Any, bundle: Path | None = None) -> None:
+        self.settings = settings
+        self.launcher = launcher
+        self.write_launcher = write_launcher
+        self.bundle = bundle
+
+    @property
+    def work_dir(self) -> Path:
+        """Where tries write: STATE, or the nearest directory above that exists, so that nothing is made for it."""
+        path = self.settings.state_dir
+        while not path.is_dir():
+            path = path.parent
+        return path
+
+    @cached_property
+    def status(self) -> dict[str, Any] | None:
+        """What the daemon answers to `status`; None if none runs. Raises DaemonError when one runs but does not
+        answer as it should."""
+        connection = client.try_connect(str(self.settings.run_dir), time.monotonic() + _ANSWER_SECONDS)
+        if connection is None:
+            return None
+        with closing(connection):
+            answer: dict[str, Any] = _plain(connection.request({"v": 1, "op": "status"}))
+            return answer
+
+    @property
+    def daemon_pid(self) -> int:
+        """The daemon's process, 0 if none answers."""
+        try:
+            return int((self.status or {}).get("daemon", {}).get("pid", 0))
+        except DaemonError:
+            return 0
+
+    @cached_property
+    def registry(self) -> RegistryClient:
+        """Raises ConfigError."""
+        return RegistryClient(self.settings["registries"], deadline=15, connect_timeout=5, read_timeout=10)
+
+    def forget(self) -> None:
+        """Look anew at what may have changed."""
+        self.__dict__.pop("status", None)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return float(value.text) if isinstance(value, jsontext.Number) else value
+
+
+def why(error: OSError | ShimError) -> str:
+    """An error in a few words."""
+    if isinstance(error, OSError) and not isinstance(error, ShimError):
+        where = f"{error.filename}: " if isinstance(error.filename, str) else ""
+        return f"{where}{error.strerror or os.strerror(error.errno or 0)}"
+    return str(error)
