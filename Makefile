@@ -25,6 +25,11 @@ demo: venv ## run an image from its index: IMAGE=docker.io/library/python:3.12, 
 test: venv ## run all tests: unit, mounts, engines, faults (root; ARGS='-k word' goes to pytest)
 	@cd '$(HERE)' && exec '$(VENV)/bin/python' -m tests.support.tiers $(ARGS)
 
+.PHONY: browser-test
+browser-test: venv ## look at `clip-shim report` in Chromium (root; installs Debian's chromium, 100 MB)
+	@command -v chromium >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium
+	@cd '$(HERE)' && exec '$(VENV)/bin/python' -m pytest -q tests/browser $(ARGS)
+
 .PHONY: bench
 bench: venv ## measure, print the tables and renew tests/bench/README.md (root, ~15 minutes)
 	@cd '$(HERE)' && exec nice -n 0 '$(VENV)/bin/python' -m tests.bench $(ARGS)

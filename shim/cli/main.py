@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "umount": ("shim.cli.umount", "undo `mount`"),
     "daemon": ("shim.cli.daemon", "serve lazily loaded trees"),
     "status": ("shim.cli.status", "show images, containers and layers in use"),
+    "report": ("shim.cli.report", "show what a container's start read, and when"),
     "doctor": ("shim.cli.doctor", "say what is wrong with this node, and the mend"),
     "config": ("shim.cli.config", "show or check the configuration"),
 }

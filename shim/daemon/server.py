@@ -101,6 +101,7 @@ class Daemon:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.chmod(directory, 0o700)
         self._stopping = threading.Event()
+        self._since = time.monotonic()
         self.broken = os.eventfd(0, os.EFD_CLOEXEC)  # readable when the blobs were unmounted by somebody else
         self._lock_fd = _exclusive(run / "daemon.lock")
         jobs.start()
@@ -247,7 +248,14 @@ class Daemon:
             tier, reason = "none", str(error)
         known = who.containers(self._settings.run_dir)
         return {
-            "daemon": {"pid": os.getpid(), "version": __version__, "tier": tier, "tier_reason": reason},
+            "daemon": {
+                "pid": os.getpid(),
+                "version": __version__,
+                "tier": tier,
+                "tier_reason": reason,
+                "uptime": round(time.monotonic() - self._since, 1),
+                "read_failures": self._failures.count,
+            },
             "images": self._trees.status(),
             "containers": [asdict(container) for container in known.values()],
             "layers": self._layers.status(),

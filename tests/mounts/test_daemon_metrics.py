@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -103,6 +104,15 @@ def test_a_cold_record_shows_what_waited(pushed: Callable[[str], str], registry_
         assert 100_000 < record["needed_bytes"] <= record["demand_bytes"] + record["ahead_bytes"] + 512
         assert 0 < record["fetched_bytes"] <= proxy.answered
         assert not record["shared"]
+        shown = json.loads(host.clip("report", "m3", "--json", "-o", tmp_path / "m3.html").stdout)
+        assert {"/data/noise.bin", "/data/text.txt"} <= {path for path, _ in shown["files"]}
+        assert len(shown["file_of"]) == len(shown["events"])
+        assert "/data/noise.bin" in (tmp_path / "m3.html").read_text()
+        text = host.clip("report", "m").stdout
+        assert "container m3 of" in text
+        assert "/data/noise.bin" in text
+        refused = host.clip("report", "nobody", check=False)
+        assert (refused.returncode, "m3" in refused.stderr) == (1, True)
 
 
 def test_on_a_unix_socket(tmp_path: Path) -> None:

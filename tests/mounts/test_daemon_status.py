@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from tests.support import bundle, images
 from tests.support.daemonclient import log_lines
-from tests.support.host import Host, wait_for
+from tests.support.host import CLIP_SHIM, Host, wait_for
 from tests.support.proxy import Proxy
 from tests.support.registry import Registry
 
@@ -59,13 +61,16 @@ def test_everything_is_named(registry: Registry, tmp_path: Path) -> None:
         text = host.clip("status").stdout
         assert f"pid {status['daemon']['pid']}" in text
         assert "named" in text
+        assert "health  good" in text
+        assert re.search(r"/small:latest +[0-9a-f]{12} +1 +\d+ +[0-9.]+ MiB +[0-9.]+ % ", text)
         assert host.clip("status", "--waiting").stdout == "no read is waiting\n"
 
         proxy.stall()
         host.run(host.runtime, "kill", "named", "USR1")
         wait_for("the read is waiting", lambda: host.status()["waiting"])
-        line = host.clip("status", "--waiting").stdout.splitlines()[0]
-        for part in ("named", "/data/noise.bin", "offset", proxy.address, " s "):
+        assert "reads wait" in host.clip("status").stdout
+        line = host.clip("status", "--waiting").stdout.splitlines()[1]
+        for part in ("named", "/data/noise.bin", proxy.address, " s "):
             assert part in line
         row = host.status()["waiting"][0]
         assert row["process"] in ("cat", "busybox")
@@ -77,6 +82,9 @@ def test_everything_is_named(registry: Registry, tmp_path: Path) -> None:
         assert failed["file"] == "/data/noise.bin"
         assert failed["layer"] in image["layers"]
         assert failed["host"] == proxy.address
+        assert failed["container"] == "named"
+        assert failed["image"] == f"{proxy.address}/small:latest"
+        assert "reads failed" in host.clip("status").stdout
         assert failed["waited"] >= 5.9
         assert failed["cause"]
         proxy.resume()
@@ -111,3 +119,16 @@ def test_json_is_one_document(registry: Registry) -> None:
         document = json.loads(host.clip("status", "--json").stdout)
         assert set(document) >= {"daemon", "images", "containers", "layers", "waiting", "registries"}
         assert document["daemon"]["tier"] in ("erofs", "erofs-loop", "fuse")
+
+
+def test_watch_shows_it_again(registry: Registry) -> None:
+    with Host() as host:
+        host.start_daemon()
+        child = host.start(CLIP_SHIM, "status", "--watch", "0.1", "--json", log="watch")
+        output = host.base / "log" / "watch"
+        wait_for("three answers", lambda: output.read_text().count("\n") >= 3 or child.poll() is not None)
+        first, second = map(json.loads, output.read_text().splitlines()[:2])
+        assert first["daemon"]["pid"] == second["daemon"]["pid"]
+        assert second["daemon"]["uptime"] >= first["daemon"]["uptime"]
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 130
