@@ -113,6 +113,17 @@ class CacheError(ShimError):
 
 
 class StoreError(ShimError):
-    """An index store (a directory, S3) could not be reached, refused, or has no such index."""
+    """An index store (a directory, S3) could not be reached, or refused. `retryable`: trying again may help."""
 
     default_hint = "check the store's URL, its credentials and `stores` in `clip-shim config show`"
+
+    def __init__(self, message: str, *, hint: str | None = None, retryable: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.retryable = retryable
+
+
+class AbsentError(StoreError):
+    """The store has nothing of that name."""
+
+    errno_ = errno.ENOENT
+    default_hint = "check the URL, or make the index with `clip-shim index REF --push URL`"

@@ -180,6 +180,20 @@ SETTINGS: tuple[Setting, ...] = (
         {},
         "narrower rules by where a reference stands: {annotation|bundle|marker|env|mount: {registries: […]}}",
     ),
+    Setting(
+        "trust.stores",
+        _texts,
+        [],
+        "further s3://BUCKET/PREFIX that references may name, beside those of `stores`; * is any",
+    ),
+    Setting(
+        "stores.lookup",
+        _texts,
+        [],
+        "where an image's index is looked up after `state_dir`/indexes: s3://BUCKET/PREFIX/, oci (beside the image)",
+    ),
+    Setting("stores.write", _texts, [], "where the indexes that a node makes for image://REF are put as well"),
+    Setting("stores.s3", _table, {}, "per bucket, or *: endpoint, region, path_style, profile, ca"),
     Setting("registries", _table, {}, "per registry: mirrors, ca, client certificate, plain http, headers"),
     Setting(
         "metrics.listen",

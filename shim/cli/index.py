@@ -6,7 +6,10 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,28 +30,33 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--checkpoint-mib", metavar="N", type=int, default=2, help="MiB between restart points, 1 to 64 (default 2)"
     )
     parser.add_argument("--format", choices=("native", "clip"), default="native", help="native is the only one so far")
-    parser.add_argument("--push", metavar="URL", help="not in this version")
+    parser.add_argument("--push", metavar="URL", help="store the index too (without -o: only there)")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from shim import settings
     from shim.errors import UsageError
     from shim.registry.ref import ImageRef
 
-    if args.push is not None:
-        raise UsageError("--push is not in this version", hint="write the index to a file with -o and copy it")
     if args.format != "native":
         raise UsageError("--format clip is not in this version", hint="leave --format out: native is the default")
     if not 1 <= args.checkpoint_mib <= 64:
         raise UsageError(f"--checkpoint-mib {args.checkpoint_mib} is not in 1 to 64")
     ref = ImageRef.parse(args.ref)
-    output = args.output if args.output is not None else Path(default_name(ref))
-    _check_output(output)
+    if args.push is not None:
+        from shim.stores import urls
+
+        urls.parse(args.push)  # before any byte is fetched
     started = time.monotonic()
-    facts = _index(args, ref, output, settings.load()["registries"])
-    facts |= {"file": str(output), "seconds": round(time.monotonic() - started, 2)}
+    with _output(args, ref) as output:
+        facts = _index(args, output)
+        facts |= {"file": str(output)} if args.output is not None or args.push is None else {}
+        if args.push is not None:
+            from shim import api
+
+            facts["url"] = api.push(output, args.push)
+    facts["seconds"] = round(time.monotonic() - started, 2)
     if args.json:
         json.dump(facts, sys.stdout, indent=2)
         print()
@@ -57,29 +65,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _index(args: argparse.Namespace, ref: ImageRef, output: Path, registries: dict[str, object]) -> dict[str, object]:
-    from shim.cli.progress import Progress
-    from shim.index import codec
-    from shim.index.build import build_index
-    from shim.registry.client import RegistryClient
-    from shim.registry.hooks import Hooks
+@contextmanager
+def _output(args: argparse.Namespace, ref: ImageRef) -> Iterator[Path]:
+    """The file to write: what -o says, or a name of our own; with --push alone, one that goes again."""
+    if args.push is not None and args.output is None:
+        with tempfile.TemporaryDirectory(prefix="clip-shim-") as directory:
+            yield Path(directory) / default_name(ref)
+        return
+    output = args.output if args.output is not None else Path(default_name(ref))
+    check_output(output)
+    yield output
 
-    client = RegistryClient(registries, hooks=Hooks(warn=_warn))
-    try:
-        with Progress(f"indexing {ref}") as progress:
-            index = build_index(
-                ref,
-                client,
-                platform=args.platform,
-                checkpoint_mib=args.checkpoint_mib,
-                progress=progress.update,
-                warn=_warn,
-            )
-    finally:
-        client.close()
-    data = codec.encode(index)
-    codec.write_file(output, data)
-    return codec.summary(data)
+
+def _index(args: argparse.Namespace, output: Path) -> dict[str, object]:
+    from dataclasses import asdict
+
+    from shim import api
+    from shim.cli.progress import Progress
+
+    with Progress(f"indexing {args.ref}") as progress:
+        info = api.create_from_oci_image(
+            args.ref,
+            output,
+            args.checkpoint_mib,
+            platform=args.platform,
+            progress=lambda done, total: progress.update(0, done, total),
+            warn=_warn,
+        )
+    return asdict(info)
 
 
 def _warn(line: str) -> None:
@@ -92,7 +105,7 @@ def default_name(ref: ImageRef) -> str:
     return f"{name}_{ref.tag or (ref.digest or '').partition(':')[2][:12]}.clip"
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Before any byte is fetched: can the file be written there?"""
     from shim.errors import UsageError
 
@@ -111,7 +124,8 @@ def _line(facts: dict[str, object]) -> str:
 
     image_bytes, index_bytes = int(str(facts["image_bytes"])), int(str(facts["index_bytes"]))
     part = f"{100 * index_bytes / image_bytes:.2f} %" if image_bytes else "all"
+    where = facts.get("url") or facts["file"]
     return (
-        f"{facts['file']}: {facts['image']} {facts['platform']}, {facts['entries']} entries, {facts['layers']} layers, "
+        f"{where}: {facts['image']} {facts['platform']}, {facts['entries']} entries, {facts['layers']} layers, "
         f"{human(image_bytes)}; index {human(index_bytes)} ({part} of the image), {facts['seconds']} s"
     )

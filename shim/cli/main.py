@@ -15,6 +15,8 @@ from shim.errors import ShimError, UsageError
 VERBS: dict[str, tuple[str, str]] = {
     "index": ("shim.cli.index", "make an index of an image, straight from its registry"),
     "inspect": ("shim.cli.inspect", "say what an index file holds"),
+    "push": ("shim.cli.push", "store an index or archive: directory, S3, registry"),
+    "pull": ("shim.cli.pull", "fetch an index or archive from a store"),
     "verify": ("shim.cli.verify", "check an index file against the registry"),
     "mount": ("shim.cli.mount", "mount an image's tree on a directory"),
     "umount": ("shim.cli.umount", "undo `mount`"),

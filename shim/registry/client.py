@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 from shim.errors import IntegrityError, NotFoundError, RegistryError, ShimError
 from shim.registry import manifest as manifests
@@ -22,7 +23,7 @@ from shim.registry.credentials import CredentialStore
 from shim.registry.endpoint import Call, Endpoint
 from shim.registry.hooks import Counters, Hooks
 from shim.registry.hosts import CERTS_DIRS, PULL, RESOLVE, Hosts
-from shim.registry.manifest import Descriptor, Document, Manifest
+from shim.registry.manifest import OCI_INDEX, Descriptor, Document, Manifest
 from shim.registry.platform import Platform
 from shim.registry.ref import ImageRef, check_digest
 from shim.registry.retry import RetryPolicy, pause
@@ -113,6 +114,23 @@ class RegistryClient:
             return Document(digest, kind, raw)
 
         return self._over_hosts(ref, capability, read, None)[1]
+
+    def referrers(self, ref: ImageRef, artifact_type: str) -> Document:
+        """What the registry lists as referring to `ref`'s digest. RegistryError (404 …) from one without that API."""
+        query = urlencode({"artifactType": artifact_type})
+        path = f"referrers/{ref.digest}"
+        call = Call("GET", ref.repository, path, "manifest", (("Accept", OCI_INDEX),), target=f"{path}?{query}")
+
+        def read(endpoint: Endpoint, deadline: float | None) -> Document:
+            response = endpoint.request(call, deadline)
+            _must_be_whole(response, f"what refers to {ref}")
+            raw = response.read_all(manifests.MAX_MANIFEST)
+            kind = manifests.media_type_of(raw, response.headers.get("Content-Type"), f"the referrers of {ref}")
+            if kind != OCI_INDEX:
+                raise NotFoundError(f"{endpoint.name} does not list referrers", status=404)
+            return Document(manifests.hash_of(raw), kind, raw)
+
+        return self._over_hosts(ref, PULL, read, None)[1]
 
     def blob(self, ref: ImageRef, item: Descriptor | str, max_bytes: int = MAX_CONFIG) -> bytes:
         """A small blob (a config), whole and verified. `item`: its descriptor or digest."""

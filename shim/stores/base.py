@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import file_digest
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -34,3 +35,9 @@ def name_of(image: ImageRef) -> str:
     """
     assert image.digest is not None
     return f"{image.name}/{image.digest.replace(':', '-')}.clip"
+
+
+def digest_name(file: Path) -> str:
+    """What an index file is called by its own hash: sha256-HEX.clip."""
+    with open(file, "rb") as opened:
+        return f"sha256-{file_digest(opened, 'sha256').hexdigest()}.clip"

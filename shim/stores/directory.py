@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from shim.errors import StoreError
 from shim.registry.ref import ImageRef
-from shim.stores.base import name_of
+from shim.stores.base import digest_name, name_of
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -36,7 +36,11 @@ class DirectoryStore:
             raise StoreError(f"{self._root / name} cannot be opened: {error.strerror}") from error
 
     def find(self, image: ImageRef, out: BinaryIO) -> bool:
-        fd = self.open(name_of(image))
+        return self.fetch(name_of(image), out)
+
+    def fetch(self, name: str, out: BinaryIO) -> bool:
+        """Write the file called `name`; False if there is none."""
+        fd = self.open(name)
         if fd is None:
             return False
         with open(fd, "rb") as file:
@@ -44,6 +48,7 @@ class DirectoryStore:
         return True
 
     def keep(self, image: ImageRef, file: Path) -> str:
+        self.put(digest_name(file), file)
         return self.put(name_of(image), file)
 
     def put(self, name: str, file: Path, *, replace: bool = False) -> str:

@@ -32,6 +32,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("shim.tree",),
     ("shim.daemon",),
     ("shim.doctor",),
+    ("shim.api",),
     ("shim.cli", "shim.__main__"),
 )
 ROW_OF = {place: row for row, places in enumerate(ROWS) for place in places}

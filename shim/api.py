@@ -1,0 +1,109 @@
+"""What a build worker calls: make, store and fetch indexes. The command line is a thin layer over it.
+
+    from shim import api
+
+    info = api.create_from_oci_image(image_ref="docker.io/library/python:3.12", output_path="python.clip")
+    url = api.push("python.clip", "s3://indexes/team/")
+
+Everything raises `shim.errors.ShimError`s: one line, and `.hint`. Nothing is kept between calls: settings are read at
+each call (/etc/clip-shim/config.yaml, CLIP_SHIM_*) unless given. Progress callbacks get (bytes done, bytes in all),
+from any thread, one call at a time. Stable: names and arguments here change only with a new major version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shim import settings as settings_module
+from shim.settings import Settings
+
+Progress = Callable[[int, int], None]
+PathLike = str | Path
+
+
+@dataclass(frozen=True, slots=True)
+class IndexInfo:
+    """What an index is about. `digest` is the image's manifest for `platform`; sizes in bytes, image_bytes of the
+    compressed layers; seek_points: places at which reading can begin."""
+
+    image: str
+    digest: str
+    platform: str
+    layers: int
+    entries: int
+    image_bytes: int
+    index_bytes: int
+    seek_points: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A file that was fetched: `kind` is "index" or "archive", `image` what an index is about."""
+
+    kind: str
+    image: str | None
+    size: int
+
+
+def create_from_oci_image(
+    image_ref: str,
+    output_path: PathLike,
+    checkpoint_mib: int = 2,
+    *,
+    platform: str | None = None,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] | None = None,
+    settings: Settings | None = None,
+) -> IndexInfo:
+    """Make the index of an image, straight from its registry, and write it to `output_path`, whole or not at all.
+
+    checkpoint_mib: uncompressed MiB between restart points, 1 to 64. platform: os/arch[/variant], ours by default.
+    warn: gets a line about what is left out. Raises ImageReferenceError (a local path, say), RegistryError, AuthError,
+    NotFoundError, IntegrityError, LayerError, StoreError (the file cannot be written).
+    """
+    from shim.index import codec
+    from shim.index.build import build_index
+    from shim.registry.client import RegistryClient
+    from shim.registry.hooks import Hooks
+    from shim.registry.ref import ImageRef
+    from shim.stores.transfer import whole_file
+
+    ref = ImageRef.parse(image_ref)
+    hooks = Hooks() if warn is None else Hooks(warn=warn)
+    client = RegistryClient((settings or settings_module.load())["registries"], hooks=hooks)
+    report = None if progress is None else lambda _layer, done, total: progress(done, total)
+    try:
+        index = build_index(ref, client, platform=platform, checkpoint_mib=checkpoint_mib, progress=report, warn=warn)
+    finally:
+        client.close()
+    data = codec.encode(index)
+    with whole_file(Path(output_path)) as out:
+        out.write(data)
+    return IndexInfo(**codec.summary(data))
+
+
+def push(path: PathLike, url: str, *, progress: Progress | None = None, settings: Settings | None = None) -> str:
+    """Store an index or archive; the URL it can be had at. URLs: see shim/stores/urls.py.
+
+    s3://BUCKET/PREFIX/ (with the slash) and oci://REGISTRY/REPOSITORY call an index by its image, for image://REF to
+    find. Raises UsageError, IndexFormatError, StoreError, RegistryError.
+    """
+    from shim.stores.transfer import Stores
+
+    with Stores(settings or settings_module.load()) as stores:
+        return stores.push(Path(path), url, progress)
+
+
+def pull(url: str, output_path: PathLike, *, settings: Settings | None = None) -> FileInfo:
+    """Fetch an index or archive to `output_path`, whole or not at all.
+
+    oci://REGISTRY/REPOSITORY:TAG of an image fetches the index that is attached to it. Raises AbsentError, UsageError,
+    IndexFormatError, StoreError, RegistryError, IntegrityError.
+    """
+    from shim.stores.transfer import Stores
+
+    with Stores(settings or settings_module.load()) as stores:
+        facts = stores.fetch(url, Path(output_path))
+    return FileInfo(facts.kind, None if facts.image is None else str(facts.image), facts.size)
