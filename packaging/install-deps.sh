@@ -5,7 +5,7 @@ set -euo pipefail
 
 packages=(
     attr busybox-static conmon containerd crun docker-registry docker.io e2fsprogs erofs-utils fuse3 iptables
-    libcap2-bin make mmdebstrap pigz podman procps python3-venv runc skopeo strace umoci util-linux xz-utils zstd
+    libcap2-bin make mmdebstrap pigz podman procps python3-venv runc skopeo strace systemd umoci util-linux xz-utils zstd
 )
 
 if ! command -v apt-get >/dev/null; then

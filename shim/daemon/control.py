@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import struct
 import threading
@@ -18,6 +19,7 @@ _MAX_LINE = 1 << 16  # bytes; a request names one container
 _MAX_FDS = 4
 _MAX_CONNECTIONS = 512
 _RETRY_SECONDS = 0.1
+_CLOSE_SECONDS = 0.5
 _SHOWN = 256  # characters of an ID in a log line
 
 Answer = dict[str, Any]
@@ -52,11 +54,20 @@ class ControlServer:
     user namespace, one where our uid 0 is mapped, when it connected.
     """
 
-    def __init__(self, path: Path, handlers: dict[str, Handler]) -> None:
+    def __init__(self, path: Path, handlers: dict[str, Handler], listener: int = -1) -> None:
+        """listener: a socket that the service manager made at `path`, which stays there when we end; -1 for none."""
         self._path = path
+        self._inherited = listener >= 0
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._handlers = handlers
         self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         self._closed = threading.Event()
+        self._ended = threading.Condition()
+        self._open = 0  # connections, guarded by `_ended`
+        if self._inherited:
+            self._socket = socket.socket(fileno=listener)
+            self._socket.setblocking(False)
+            return
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path.unlink(missing_ok=True)
         directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -67,6 +78,7 @@ class ControlServer:
             os.umask(old)
             os.close(directory)
         self._socket.listen(256)
+        self._socket.setblocking(False)
 
     def serve(self) -> None:
         """Accept until `close`; runs in a thread of its own."""
@@ -74,7 +86,10 @@ class ControlServer:
             self._slots.acquire()
             connection = None
             try:
-                connection, _ = self._socket.accept()
+                select.select([self._socket.fileno(), self._wake], [], [])
+                if self._closed.is_set():
+                    return
+                connection, _ = self._socket.accept()  # BlockingIOError: its peer has gone again
                 threading.Thread(target=self._connection, args=(connection,), name="control", daemon=True).start()
             except (OSError, RuntimeError) as error:  # closed; or files, memory or threads ran out, for now
                 self._slots.release()
@@ -84,16 +99,22 @@ class ControlServer:
                     log.error("a control connection was not taken", error=str(error))
 
     def close(self) -> None:
+        """Take no more connections; those whose peer is gone have ended when this returns (0.5 s at most).
+
+        Who connects to a socket of the service manager's waits for a successor.
+        """
         self._closed.set()
-        self._path.unlink(missing_ok=True)
-        try:
+        os.eventfd_write(self._wake, 1)
+        if not self._inherited:
+            self._path.unlink(missing_ok=True)
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        self._socket.close()
+        with self._ended:
+            self._ended.wait_for(lambda: not self._open, _CLOSE_SECONDS)
 
     def _connection(self, connection: socket.socket) -> None:
         session = Session(connection.sendall)
+        with self._ended:
+            self._open += 1
         try:
             with connection:
                 self._converse(connection, session)
@@ -102,6 +123,9 @@ class ControlServer:
         finally:
             session.close()
             self._slots.release()
+            with self._ended:
+                self._open -= 1
+                self._ended.notify_all()
 
     def _converse(self, connection: socket.socket, session: Session) -> None:
         pid, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))

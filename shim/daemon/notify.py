@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
+_FIRST_FD = 3  # SD_LISTEN_FDS_START
+
 
 def notify(text: str, fds: list[int] | None = None) -> bool:
     """Send `text` (lines of KEY=VALUE), with descriptors for FDSTORE=1. False if nobody listens."""
@@ -23,6 +25,29 @@ def notify(text: str, fds: list[int] | None = None) -> bool:
         except OSError:
             return False
     return True
+
+
+def inherited() -> dict[str, list[int]]:
+    """Descriptors that the service manager passed, by name (sd_listen_fds_with_names(3)); the second call gives none.
+
+    They are close-on-exec from now on, and gone from the environment: what we start must not take them for its own.
+    """
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    found: dict[str, list[int]] = {}
+    if pid != str(os.getpid()) or not count.isdigit():
+        return found
+    for number in range(int(count)):
+        fd = _FIRST_FD + number
+        os.set_inheritable(fd, False)
+        found.setdefault(names[number] if number < len(names) else "unknown", []).append(fd)
+    return found
+
+
+def watchdog_seconds() -> float | None:
+    """How often the service manager wants to hear that we are well (sd_watchdog_enabled(3)); None if it does not."""
+    usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    return int(usec) / 1e6 if usec.isdigit() and int(usec) and pid == str(os.getpid()) else None
 
 
 def ready() -> None:

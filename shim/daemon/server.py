@@ -25,6 +25,7 @@ from shim.daemon.resolve import Resolver, show
 from shim.daemon.starts import Starts
 from shim.daemon.trees import Trees
 from shim.daemon.trust import SOURCES
+from shim.daemon.watchdog import Watchdog
 from shim.errors import CacheError, DaemonError, IndexFormatError, ShimError
 from shim.fuse import connection
 from shim.fuse.server import BlobServer
@@ -45,6 +46,7 @@ def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code. Raises ShimError when it cannot start."""
     log.configure(settings["log.level"], settings["log.format"])
     sys.setswitchinterval(0.0005)  # the GIL's: a cached read waits this long beside CPU-bound threads, not 5 ms
+    faulthandler.enable()  # also for the watchdog's SIGABRT
     faulthandler.register(signal.SIGUSR1)
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     stop = _stop_requests()
@@ -96,6 +98,7 @@ class Daemon:
         """Takes the locks, clears what a dead daemon left and mounts the blobs. Raises ShimError, OSError; then
         nothing is left mounted."""
         self._settings = settings
+        passed = notify.inherited()
         run = settings.run_dir
         for directory in (run, settings.state_dir):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -135,6 +138,7 @@ class Daemon:
                     "status": self._status,
                     "ping": lambda *_: {"pid": os.getpid()},
                 },
+                *passed.get("control", [])[:1],
             )
             self._metrics: Endpoint | None = None
             undo.pop_all()
@@ -162,6 +166,7 @@ class Daemon:
     def start(self) -> None:
         self._server.start()
         self._failures.start()
+        Watchdog(self._blobs_dir, self._stopping).start()
         threads = {"accept": self._control.serve, "warm": self._warm, "housekeeping": self._housekeeping}
         for name, target in threads.items():
             threading.Thread(target=target, name=name, daemon=True).start()
