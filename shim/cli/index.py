@@ -90,12 +90,12 @@ def _index(args: argparse.Namespace, output: Path) -> dict[str, object]:
             args.checkpoint_mib,
             platform=args.platform,
             progress=lambda done, total: progress.update(0, done, total),
-            warn=_warn,
+            warn=print_warning,
         )
     return asdict(info)
 
 
-def _warn(line: str) -> None:
+def print_warning(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 

@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "push": ("shim.cli.push", "store an index or archive: directory, S3, registry"),
     "pull": ("shim.cli.pull", "fetch an index or archive from a store"),
     "verify": ("shim.cli.verify", "check an index file against the registry"),
+    "convert": ("shim.cli.convert", "push a thin image: an index that any engine can run"),
     "mount": ("shim.cli.mount", "mount an image's tree on a directory"),
     "umount": ("shim.cli.umount", "undo `mount`"),
     "daemon": ("shim.cli.daemon", "serve lazily loaded trees"),

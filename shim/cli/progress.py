@@ -50,6 +50,8 @@ class Progress:
                     nrows=None if sized else 24,
                     file=sys.stderr,
                 )
+            if self._bar.total != total:  # the next image
+                self._bar.reset(total)
             self._bar.update(done - self._bar.n)
         elif time.monotonic() - self._said >= _LINE_EVERY:
             self._said = time.monotonic()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import expected, images
 from tests.support.host import Host
 
 KINDS = ("plain", "shared")  # this mount namespace, and one with `/` rshared
@@ -36,14 +35,14 @@ def indexed(host: Host, pushed: Callable[[str], str]) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def thin(host: Host, indexed: Callable[[str], Path], registry_address: str) -> Callable[[str], str]:
-    """Name of a test image → reference of its marker image in the local registry."""
+def thin(host: Host, pushed: Callable[[str], str], registry_address: str) -> Callable[[str], str]:
+    """Name of a test image → reference of its thin image in the local registry."""
     done: dict[str, str] = {}
 
     def push(name: str) -> str:
         if name not in done:
-            made = expected.marker_image(indexed(name), images.image(name), host.base / f"{name}-thin")
-            done[name] = images.push(made, registry_address, f"{host.kind}/{name}-thin")
+            done[name] = f"{registry_address}/{host.kind}/{name}-thin:latest"
+            host.clip("convert", pushed(name), done[name], timeout=300)
         return done[name]
 
     return push

@@ -278,7 +278,12 @@ class Registry:
 
     def get(self, path: str, name: str = "") -> tuple[int, bytes]:
         """(status, body) of a GET with the right to read `name`."""
-        accept = {"Accept": f"{OCI}manifest.v1+json, {OCI}index.v1+json, */*"}
+        kinds = (
+            f"{OCI}manifest.v1+json",
+            f"{OCI}index.v1+json",
+            "application/vnd.docker.distribution.manifest.v2+json",
+        )
+        accept = {"Accept": ", ".join((*kinds, "*/*"))}
         status, _, body = self._call("GET", name, path, None, accept)
         return status, body
 

@@ -29,6 +29,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("shim.index.merge", "shim.index.build"),
     ("shim.cache",),
     ("shim.stores",),
+    ("shim.thin",),
     ("shim.tree",),
     ("shim.daemon",),
     ("shim.doctor",),
