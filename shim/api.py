@@ -53,6 +53,7 @@ def create_from_oci_image(
     checkpoint_mib: int = 2,
     *,
     platform: str | None = None,
+    format: str = "native",  # noqa: A002 - what the command line calls it
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
     settings: Settings | None = None,
@@ -60,9 +61,11 @@ def create_from_oci_image(
     """Make the index of an image, straight from its registry, and write it to `output_path`, whole or not at all.
 
     checkpoint_mib: uncompressed MiB between restart points, 1 to 64. platform: os/arch[/variant], ours by default.
+    format: "native", or "clip" for a file that Go clip mounts too, its own index before ours.
     warn: gets a line about what is left out. Raises ImageReferenceError (a local path, say), RegistryError, AuthError,
     NotFoundError, IntegrityError, LayerError, StoreError (the file cannot be written).
     """
+    from shim.goclip.write import encode_v2
     from shim.index import codec
     from shim.index.build import build_index
     from shim.registry.client import RegistryClient
@@ -79,6 +82,11 @@ def create_from_oci_image(
     finally:
         client.close()
     data = codec.encode(index)
+    if format == "clip":
+        go, left_out = encode_v2(index)
+        if left_out and warn is not None:
+            warn(f"Go clip will not see {len(left_out)} of the names: devices, fifos, sockets, files with holes")
+        data = go + data
     with whole_file(Path(output_path)) as out:
         out.write(data)
     return IndexInfo(**codec.summary(data))

@@ -29,7 +29,12 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument(
         "--checkpoint-mib", metavar="N", type=int, default=2, help="MiB between restart points, 1 to 64 (default 2)"
     )
-    parser.add_argument("--format", choices=("native", "clip"), default="native", help="native is the only one so far")
+    parser.add_argument(
+        "--format",
+        choices=("native", "clip"),
+        default="native",
+        help="clip: a file that Go clip mounts too, its own index before ours (default: native)",
+    )
     parser.add_argument("--push", metavar="URL", help="store the index too (without -o: only there)")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.set_defaults(run=run)
@@ -39,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
     from shim.errors import UsageError
     from shim.registry.ref import ImageRef
 
-    if args.format != "native":
-        raise UsageError("--format clip is not in this version", hint="leave --format out: native is the default")
     if not 1 <= args.checkpoint_mib <= 64:
         raise UsageError(f"--checkpoint-mib {args.checkpoint_mib} is not in 1 to 64")
     ref = ImageRef.parse(args.ref)
@@ -89,6 +92,7 @@ def _index(args: argparse.Namespace, output: Path) -> dict[str, object]:
             output,
             args.checkpoint_mib,
             platform=args.platform,
+            format=args.format,
             progress=lambda done, total: progress.update(0, done, total),
             warn=print_warning,
         )

@@ -41,8 +41,10 @@ _LAYER_KEYS = ("digest", "diff_id", "media_type", "size", "uncompressed_size", "
 
 
 def index_digest(data: Data) -> str:
-    """The name of an index: "sha256:" and the hash of the whole file."""
-    return "sha256:" + sha256(data).hexdigest()
+    """The name of an index: "sha256:" and the hash of our part of the file, header to trailer."""
+    with memoryview(data) as view, view.cast("B") as flat:
+        start, length = container.locate(flat)
+        return "sha256:" + sha256(flat[start : start + length]).hexdigest()
 
 
 def encode(index: Index) -> bytes:
@@ -154,7 +156,8 @@ def read_index(source: str | os.PathLike[str] | int) -> Index:
 
 
 def read_file(source: str | os.PathLike[str] | int) -> bytes:
-    """An index file's bytes, from a path (a symlink is refused) or an open descriptor (left open, its position unused).
+    """An index file's bytes, from a path (a symlink is refused) or an open descriptor (left open, its position unused):
+    our part of it, whatever stands before.
 
     Never blocks on a fifo or device. Raises IndexFormatError if it is no regular file, longer than 512 MiB, or changes
     while it is read, and OSError if it cannot be opened.
@@ -172,9 +175,10 @@ def _read_descriptor(handle: int, name: str) -> bytes:
     found = os.fstat(handle)
     if not stat.S_ISREG(found.st_mode):
         raise IndexFormatError(f"{name} is not a regular file")
-    if found.st_size > container.MAX_FILE:
+    start = container.start_of_part(lambda offset, length: os.pread(handle, length, offset), found.st_size)
+    if found.st_size - start > container.MAX_FILE:
         raise IndexFormatError(f"{name} is {found.st_size} bytes long, at most {container.MAX_FILE} are allowed")
-    pieces, at = [], 0
+    pieces, at = [], start
     while at < found.st_size and (piece := os.pread(handle, found.st_size - at, at)):
         pieces.append(piece)
         at += len(piece)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import lzma
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -127,6 +127,19 @@ def pack(sections: list[tuple[bytes, int, bytes]]) -> bytes:
         raise IndexFormatError(f"the index would be {total} bytes long, at most {MAX_FILE} are allowed")
     header = _HEADER.pack(MAGIC, MAJOR, MINOR, len(parts), total, bytes(8), sha256(table).digest())
     return b"".join([header, table, *(stored for *_, stored in parts), _TRAILER.pack(total, END_MAGIC)])
+
+
+def start_of_part(read: Callable[[int, int], bytes], size: int) -> int:
+    """Where our part of a file of `size` bytes begins, by its trailer; 0 if it has none that could be true.
+
+    read(offset, length) gives bytes of the file. What stands before our part, an archive's data, may be huge.
+    """
+    tail = read(size - _TRAILER.size, _TRAILER.size) if size >= _TRAILER.size else b""
+    if len(tail) == _TRAILER.size:
+        total, magic = _TRAILER.unpack(tail)
+        if magic == END_MAGIC and _HEADER.size + _TRAILER.size <= total <= min(size, MAX_FILE):
+            return int(size - total)
+    return 0
 
 
 def locate(view: memoryview) -> tuple[int, int]:

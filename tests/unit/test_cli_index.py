@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from shim.cli.inspect import escape, list_tree
+from shim.goclip import files
 from shim.index import codec
 from shim.index.merge import TreeMerger
 from tests.support.ocitar import CHR, DIR, SYM, Entry, gzip_bytes, tar
@@ -106,6 +107,27 @@ def test_index_json_output_and_options(registry: Registry, env: dict[str, str], 
     assert (tmp_path / f"big_{digest[7:19]}.clip").is_file()
 
 
+def test_index_for_go_clip(registry: Registry, env: dict[str, str], tmp_path: Path) -> None:
+    """Both readers find their own part, and the index is the one that a native file holds."""
+    ref = registry.ref("team/app", "1.0")
+    done = clip(env, tmp_path, "index", ref, "--format", "clip", "-o", "both.clip")
+    assert "Go clip will not see 1 of the names" in done.stderr
+    clip(env, tmp_path, "index", ref, "-o", "own.clip")
+    both, own = (tmp_path / "both.clip").read_bytes(), (tmp_path / "own.clip").read_bytes()
+    assert both.endswith(own)
+    assert files.is_go(both)
+    (tmp_path / "foreign.clip").write_bytes(both[: -len(own)])
+    shown = facts(clip(env, tmp_path, "inspect", "both.clip", "--json"))
+    foreign = facts(clip(env, tmp_path, "inspect", "foreign.clip", "--json"))
+    assert list(foreign)[: len(KEYS)] == KEYS
+    assert (foreign["image"], foreign["digest"]) == (shown["image"], shown["digest"])
+    assert foreign["format"] == "clip v2 index"
+    assert any("setuid" in line for line in foreign["lacks"])
+    lines = clip(env, tmp_path, "inspect", "foreign.clip").stdout
+    assert "lacks        restart points" in lines
+    assert "hint: " in clip(env, tmp_path, "inspect", "foreign.clip", "--tree", code=2).stderr
+
+
 def test_an_index_that_is_there_is_replaced_at_once(registry: Registry, env: dict[str, str], tmp_path: Path) -> None:
     target = tmp_path / "x.clip"
     target.write_text("old")
@@ -125,7 +147,6 @@ def test_what_is_refused_writes_nothing(registry: Registry, env: dict[str, str],
         ([ref, "-o", "fifo"], 2, "not a regular file"),
         ([ref, "-o", "no/such/x.clip"], 2, "there is no directory"),
         ([ref, "--push", "ftp://b/k"], 2, "no URL of a store"),
-        ([ref, "--format", "clip"], 2, "not in this version"),
         ([ref, "--format", "other"], 2, "invalid choice"),
         ([ref, "--checkpoint-mib", "0"], 2, "1 to 64"),
         ([ref, "--checkpoint-mib", "65"], 2, "1 to 64"),

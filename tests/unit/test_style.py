@@ -24,6 +24,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("shim.layers",),
     ("shim.index",),  # codec, spanfile and what they are made of
     ("shim.erofs",),
+    ("shim.goclip",),
     ("shim.fuse",),
     ("shim.mount",),  # mounting trees: EROFS, loop devices, leases, probing
     ("shim.index.merge", "shim.index.build"),
