@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -51,6 +52,26 @@ def load(path: Path, count: int, table_digest: bytes) -> bytearray | None:
     if _HEAD.unpack_from(body) != (_MAGIC, _VERSION, count, table_digest):
         return None
     return unpack_bits(body[_HEAD.size :], count)
+
+
+def clear(path: Path, spans: Iterable[int]) -> int:
+    """Take back that `spans` are there, whatever the table; returns how many were claimed. Raises OSError.
+
+    A bitmap that is torn is removed: the layer counts as empty then anyway.
+    """
+    with open(path, "rb") as file:
+        head = file.read(_HEAD.size).ljust(_HEAD.size, b"\0")
+    _, _, count, digest = _HEAD.unpack(head)
+    flags = load(path, count, digest)
+    if flags is None:
+        path.unlink(missing_ok=True)
+        return 0
+    claimed = [span for span in set(spans) if 0 <= span < count and flags[span]]
+    for span in claimed:
+        flags[span] = 0
+    if claimed:
+        store(path, flags, digest)
+    return len(claimed)
 
 
 def store(path: Path, flags: bytes | bytearray, table_digest: bytes, *, sync: bool = True) -> None:

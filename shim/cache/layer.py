@@ -10,12 +10,12 @@ import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from hashlib import sha256
 from pathlib import Path
 
 from shim import log
 from shim.cache import bitmap
 from shim.cache.faultpoint import fault
+from shim.cache.hashing import hash_range
 from shim.cache.holes import contiguous, punch
 from shim.cache.memory import MemorySpans
 from shim.index.model import BLOCK, Spans
@@ -28,7 +28,6 @@ IN_MEMORY = 4  # verified, but the disk did not take it
 
 _READABLE = (VERIFIED, MARKED, IN_MEMORY)
 _IN_FILE = (VERIFIED, MARKED, ON_DISK)
-_PIECE = 1 << 18  # bytes hashed at once
 _TOUCH_SECONDS = 60.0
 
 
@@ -203,19 +202,7 @@ class CachedLayer:
     def verify(self, span: int) -> bool:
         """Hash a span that a former process left. True: it is VERIFIED now; False: it is ABSENT and must be fetched."""
         epoch = self.epoch
-        digest = sha256()
-        position = self._starts[span]
-        end = position + self.span_length(span)
-        try:
-            while position < end:
-                piece = os.pread(self.data_fd, min(_PIECE, end - position), position)
-                if not piece:
-                    break
-                digest.update(piece)
-                position += len(piece)
-        except OSError:
-            pass  # as good as wrong bytes
-        good = digest.digest() == self.spans.digest(span)
+        good = self._is_right(span)
         with self._write:
             if self.states[span] != ON_DISK or self.epoch != epoch:
                 return self.states[span] in _READABLE
@@ -224,6 +211,22 @@ class CachedLayer:
             log.warning("the layer cache holds wrong bytes: fetching them again", layer=self.diff_id, span=span)
             self._set_dirty()
         return good
+
+    def recheck(self, spans: Iterable[int]) -> int:
+        """Hash spans again, also ones that were VERIFIED: a disk can change. Those that are wrong are ABSENT now;
+        returns how many. Somebody suspects them, so this is no hot path."""
+        suspects = [i for i in spans if 0 <= i < self.count and self.states[i] in _IN_FILE and self.data_fd >= 0]
+        wrong = [span for span in suspects if not self._is_right(span)]
+        with self._write:  # one dropped meanwhile is ABSENT already, or was written again and is fetched once more
+            gone = self._clear(i for i in wrong if self.states[i] in _IN_FILE)
+        if gone:
+            log.warning("the layer cache holds wrong bytes: fetching them again", layer=self.diff_id, spans=len(gone))
+            self._set_dirty()
+        return len(gone)
+
+    def _is_right(self, span: int) -> bool:
+        """Whether the data file's bytes of a span hash to what the table says."""
+        return hash_range(self.data_fd, self._starts[span], self.spans.ustart(span + 1)) == self.spans.digest(span)
 
     def mark(self, span: int, *, wait: bool = True) -> None:
         """Let the next reader of a VERIFIED span go the slow way, where read-ahead is looked after.
@@ -378,6 +381,7 @@ class CachedLayer:
                 }
                 (self.path / "meta.json").write_text(json.dumps(meta) + "\n")
             else:
+                (self.path / "meta.json").touch(0o600)  # what is missing would never be cleaned
                 self.states = bytearray(ON_DISK if flag else ABSENT for flag in flags)
         except OSError:
             os.close(fd)

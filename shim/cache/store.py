@@ -10,10 +10,11 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shim import log
+from shim.cache import bitmap
 from shim.cache.layer import CachedLayer
 from shim.cache.memory import MemorySpans
 from shim.errors import CacheError
@@ -46,6 +47,24 @@ def layer_name(diff_id: str, identity: bytes) -> str:
     if not _NAME.fullmatch(name):
         raise CacheError(f"{diff_id!r} is no diff id", hint="it must be sha256: and 64 hexadecimal digits")
     return name
+
+
+def entries(root: Path) -> list[Entry]:
+    """Every layer in a cache directory, by name; `is_open` is false: only the cache's own daemon knows."""
+    found = []
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if not _NAME.fullmatch(path.name):
+            continue
+        try:
+            data = (path / "data").stat()
+        except OSError:
+            continue  # removed meanwhile, or never finished
+        try:
+            used = (path / "meta.json").stat().st_mtime
+        except OSError:
+            used = data.st_mtime
+        found.append(Entry(path.name, data.st_blocks * 512, used, is_open=False))
+    return found
 
 
 class LayerCache:
@@ -103,17 +122,7 @@ class LayerCache:
 
     def entries(self) -> list[Entry]:
         """Every layer on disk, open or not."""
-        found = []
-        for path in sorted(self.root.iterdir()):
-            if not _NAME.fullmatch(path.name):
-                continue
-            try:
-                allocated = (path / "data").stat().st_blocks * 512
-                used = (path / "meta.json").stat().st_mtime
-            except OSError:
-                continue  # removed meanwhile, or never finished
-            found.append(Entry(path.name, allocated, used, path.name in self._layers))
-        return found
+        return [replace(entry, is_open=entry.name in self._layers) for entry in entries(self.root)]
 
     def remove(self, name: str) -> bool:
         """Delete a layer from disk; False, and nothing done, while it is open. Raises CacheError on a bad name."""
@@ -124,6 +133,20 @@ class LayerCache:
                 return False
             shutil.rmtree(self.root / name, ignore_errors=True)
             return True
+
+    def distrust(self, name: str, spans: list[int]) -> int:
+        """Spans of a layer are said to be wrong on disk (`clip-shim cache verify`): hash them again if the layer is
+        open, else take their bits back. Returns how many are fetched anew. Raises CacheError, OSError."""
+        if not _NAME.fullmatch(name):
+            raise CacheError(f"{name!r} is no cached layer")
+        with self._lock:
+            layer = self._layers.get(name)
+            if layer is None:
+                try:
+                    return bitmap.clear(self.root / name / "bitmap", spans)
+                except FileNotFoundError:
+                    return 0
+        return layer.recheck(spans)
 
     def flush(self) -> None:
         """Make everything published so far durable."""

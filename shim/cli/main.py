@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "status": ("shim.cli.status", "show images, containers and layers in use"),
     "report": ("shim.cli.report", "show what a container's start read, and when"),
     "doctor": ("shim.cli.doctor", "say what is wrong with this node, and the mend"),
+    "cache": ("shim.cli.cache", "list, check and clean the layer cache"),
     "config": ("shim.cli.config", "show or check the configuration"),
 }
 

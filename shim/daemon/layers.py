@@ -322,10 +322,11 @@ class Layers:
             return [
                 {
                     **asdict(item.lazy.stats()),
+                    "blob": name,
                     "open": self._server.open_count(item.lazy.node_id),
                     "images": len(item.users),
                 }
-                for item in self._served.values()
+                for name, item in self._served.items()
             ]
 
     def totals(self) -> LayerStats:
@@ -344,6 +345,10 @@ class Layers:
 
     def served_count(self) -> int:
         return len(self._served)
+
+    def distrust(self, name: str, spans: list[int]) -> int:
+        """See LayerCache.distrust."""
+        return self._cache.distrust(name, spans)
 
     def cache_entries(self) -> list[Entry]:
         """The layers on disk."""

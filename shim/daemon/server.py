@@ -136,6 +136,7 @@ class Daemon:
                     "started": self._starts.started,
                     "report": self._starts.report,
                     "status": self._status,
+                    "distrust": self._distrust,
                     "ping": lambda *_: {"pid": os.getpid()},
                 },
                 *passed.get("control", [])[:1],
@@ -245,6 +246,13 @@ class Daemon:
         session.on_close.append(lease.release)
         self._starts.acquired(session, request, begin, lease.answer, lease.blobs)
         return lease.answer
+
+    def _distrust(self, _session: Session, request: dict[str, Any], _fds: list[int]) -> Answer:
+        """`{"layer": blob name, "spans": [number, …]}`: they hash wrong on disk, says `clip-shim cache verify`."""
+        spans = request.get("spans")
+        if not isinstance(spans, list) or not all(type(span) is int for span in spans):
+            raise DaemonError("`spans` must be a list of numbers")
+        return {"refetched": self._layers.distrust(str(request.get("layer")), spans)}
 
     def _status(self, _session: Session, request: dict[str, Any], _fds: list[int]) -> Answer:
         try:

@@ -6,22 +6,16 @@ Against a real HTTP server in front of a real registry; the whole path runs: ind
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from tests.support import images
 from tests.support.faultserver import FaultServer
-from tests.support.host import Host, wait_for
+from tests.support.lazytree import FILES, drop_page_cache, failures, log_lines, read_error, right, sha256, tree
 from tests.support.registry import Registry
-
-FILES = [f"common/{n:02d}" for n in range(20)]
 
 
 @pytest.fixture(scope="module")
@@ -29,50 +23,6 @@ def registry() -> Iterator[Registry]:
     with Registry() as registry:
         images.push(images.image("shared-a"), registry.host)
         yield registry
-
-
-@contextmanager
-def tree(server: FaultServer, **settings: str) -> Iterator[tuple[Host, Path]]:
-    """A host with image shared-a mounted, its blobs behind `server`."""
-    with Host(settings=settings) as host:
-        host.trust_registry(server.host)
-        index = host.index(f"{server.host}/shared-a:latest", "a")
-        host.start_daemon()
-        target = host.base / "tree"
-        target.mkdir()
-        host.clip("mount", index, target)
-        try:
-            yield host, target
-        finally:
-            server.faults.clear()
-            host.clip("umount", target)
-
-
-def right(name: str) -> str:
-    """The SHA-256 of a file, from the image itself."""
-    from tests.support import smallimage
-
-    return hashlib.sha256(smallimage.noise(100 + int(name[-2:]), 400_000)).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def read_error(path: Path) -> int:
-    with pytest.raises(OSError, match="Input/output error") as caught:
-        path.read_bytes()
-    return int(caught.value.errno or 0)
-
-
-def log_lines(host: Host, event: str) -> list[str]:
-    return [line for line in (host.base / "log" / "daemon").read_text().splitlines() if event in line]
-
-
-def failures(host: Host) -> list[dict[str, object]]:
-    """The log lines of failed reads; waits for the first, which comes when its file has been looked up."""
-    wait_for("a failed read is logged", lambda: log_lines(host, "read failed"))
-    return [json.loads(line) for line in log_lines(host, "read failed")]
 
 
 def test_wrong_bytes_are_never_served_and_are_fetched_again(registry: Registry) -> None:
@@ -145,7 +95,7 @@ def test_what_is_cached_needs_no_registry(registry: Registry) -> None:
     with FaultServer(registry.host) as server, tree(server) as (_, target):
         for name in FILES:
             sha256(target / name)
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+        drop_page_cache()
         server.faults.add("*", "", drop=True)
         server.reset_counts()
         for name in FILES:

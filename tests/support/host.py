@@ -179,12 +179,13 @@ class Host:
         return [self.runtime, "--root", self.base / "oci"]
 
     def start_daemon(self) -> subprocess.Popen[bytes]:
-        """The daemon, in this host's namespace; returns when it answers."""
+        """The daemon, in this host's namespace (`self.daemon`); returns when it answers."""
         child = self.start(CLIP_SHIM, "daemon", "--supervise", log="daemon")
         wait_for(
             "the daemon answers", lambda: child.poll() is not None or self.clip("status", check=False).returncode == 0
         )
         assert child.poll() is None, f"the daemon ended\n{self.logs()}"
+        self.daemon = child
         return child
 
     def status(self) -> dict[str, Any]:
