@@ -178,7 +178,7 @@ SETTINGS: tuple[Setting, ...] = (
         "trust.sources",
         _table,
         {},
-        "narrower rules by where a reference stands: {annotation|bundle|marker|env|mount: {registries: […]}}",
+        "rules by where a reference stands: {annotation|bundle|marker|env|mount: {registries: […], stores: […]}}",
     ),
     Setting(
         "trust.stores",

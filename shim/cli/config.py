@@ -6,7 +6,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shim.settings import Settings
 
 
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,9 +34,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     loaded = settings.load(args.file if args.what == "check" else None)
     if args.what == "check":
-        from shim.registry.hosts import Hosts
-
-        Hosts(loaded["registries"])
+        _check(loaded)
         print("the configuration is valid")
         return 0
     from shim.cli.runtime_path import ensure_launcher
@@ -53,6 +54,19 @@ def run(args: argparse.Namespace) -> int:
         for key in settings.BY_KEY:
             print(f"{key}: {_scalar(_plain(loaded[key]))}  # {loaded.source[key]}")
     return 0
+
+
+def _check(loaded: Settings) -> None:
+    """What the settings table cannot see."""
+    from shim.daemon.trust import Trust
+    from shim.registry.hosts import Hosts
+    from shim.stores.transfer import Stores
+
+    Hosts(loaded["registries"])
+    Trust(loaded)
+    with Stores(loaded) as stores:
+        for url in (*loaded["stores.lookup"], *loaded["stores.write"]):
+            stores.store(url)
 
 
 def default_yaml() -> str:

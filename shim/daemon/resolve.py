@@ -1,65 +1,63 @@
 """From what a container's bundle says to an index file that is open: the values of `acquire`.
 
-an open file          a path, file://, a bundle's or a thin image's index: the wrapper opened it
-image://REF           REF's digest is looked up in the stores; if none has its index, it is made, once, and kept
+an open file            a path, file://, a bundle's or a thin image's index: the wrapper opened it
+s3://BUCKET/KEY         an object; a copy of what it last gave is kept, and serves while S3 cannot be reached
+oci://REGISTRY/REPO…    an artifact, or the index beside an image; kept likewise
+image://REF             REF's digest is looked up in the stores; if none has its index, it is made, once, and kept
+NAME, sha256:HEX, REPOSITORY@sha256:HEX
+                        from an environment variable: only what the stores have already
 """
 
 from __future__ import annotations
 
-import mmap
+import hashlib
 import os
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from shim import log
-from shim.daemon import imagejob, jobs
+from shim.daemon import indexjobs, jobs
+from shim.daemon.flights import Flights
+from shim.daemon.imageindexes import Announce, ImageIndexes, image_of
 from shim.daemon.trust import Trust
-from shim.errors import DaemonError, IndexFormatError, ShimError, StoreError
-from shim.index import codec
+from shim.errors import AbsentError, DaemonError, IntegrityError, RegistryError, ShimError, StoreError, TrustError
+from shim.index import container
+from shim.registry import platform as platforms
 from shim.registry.client import RegistryClient
-from shim.registry.ref import ImageRef
+from shim.registry.ref import ImageRef, check_digest
+from shim.registry.retry import RetryPolicy
 from shim.settings import Settings
-from shim.stores.base import IndexStore, name_of
-from shim.stores.directory import DirectoryStore
-
-Announce = Callable[[float], None]
-"""Tells whoever waits for the answer that it may take this many seconds more."""
+from shim.stores import urls
+from shim.stores.oci import OciStore
+from shim.stores.transfer import whole_file
+from shim.stores.urls import OciPlace, S3Place
 
 _IMAGE = "image://"
-
-
-class _Flight:
-    """An index that is being made: who comes meanwhile waits for `done`. error: why it was not."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.error: ShimError | None = None
+_TAG = "user.clip.tag"  # extended attribute of a kept copy: the ETag or digest it had
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.:-]*)*\Z")
 
 
 class Resolver:
-    """Concurrency: called by control connections' threads, which wait for networks and jobs here; nothing that serves
-    reads does. `_lock` guards `_flights`, the images that are being indexed: one thread makes an index, the others
-    that ask for it wait, and share its failure. What was made lies in the local store before the flight ends.
-
-    Crashes: a job's file has a name of its own below STATE/indexes/.making, which is emptied at start.
-    """
+    """See the module. Concurrency and crashes: as ImageIndexes; besides, STATE/indexes/.urls has the copies of what
+    URLs gave (named by the URL's hash) and STATE/indexes/.tags the digests of image tags. Both are replaced whole."""
 
     def __init__(self, settings: Settings) -> None:
+        """Raises ConfigError and UsageError for settings that make no sense."""
         self._settings = settings
         self._trust = Trust(settings)
-        self._client = RegistryClient(settings["registries"], deadline=settings["mount_deadline"] / 2)
-        self._local = DirectoryStore(settings.state_dir / "indexes")
-        self._others: list[IndexStore] = []
-        self._making = settings.state_dir / "indexes" / ".making"
-        self._making.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left in self._making.iterdir():
-            left.unlink(missing_ok=True)
-        self._lock = threading.Lock()
-        self._flights: dict[str, _Flight] = {}
+        self._client = RegistryClient(
+            settings["registries"], policy=RetryPolicy(attempts=3), deadline=settings["mount_deadline"] / 3
+        )
+        self._oci = OciStore(self._client)
+        self._indexes = ImageIndexes(settings, self._client)
+        self._flights = Flights()
+        self._urls = settings.state_dir / "indexes" / ".urls"
+        self._tags = settings.state_dir / "indexes" / ".tags"
+        for directory in (self._urls, self._tags):
+            directory.mkdir(mode=0o700, exist_ok=True)
 
     @contextmanager
     def open(self, source: str, value: str, fd: int | None, announce: Announce) -> Iterator[int]:
@@ -72,113 +70,110 @@ class Resolver:
         try:
             if fd is None:
                 fd = own = self._remote(source, value, announce)
-            self._check_image(source, fd)
+            if self._trust.is_narrowed(source):  # where the layers are is as much a lead as the reference itself
+                self._trust.check_registry(source, image_of(fd))
             yield fd
         finally:
             if own is not None:
                 os.close(own)
 
     def _remote(self, source: str, value: str, announce: Announce) -> int:
+        if source == "env":
+            return self._named(value)
         if value.startswith(_IMAGE):
-            return self._image(source, ImageRef.parse(value[len(_IMAGE) :], local_paths=False), announce)
+            ref = ImageRef.parse(value[len(_IMAGE) :], local_paths=False)
+            self._trust.check_registry(source, ref)
+            return self._indexes.get(self._pin(ref), announce)
+        if value.startswith(("s3://", "oci://")):
+            place = urls.parse(value)
+            if isinstance(place, OciPlace):
+                self._trust.check_registry(source, place.ref)
+                return self._url(value, place)
+            assert isinstance(place, S3Place)
+            self._trust.check_store(source, place)
+            return self._url(value, place)
         raise DaemonError(
             f"the reference {show(value)!r} names no file",
-            hint="use an index file (`clip-shim index REF -o FILE`) or image://REF",
+            hint="use an index file (`clip-shim index REF -o FILE`), oci://, s3:// or image://REF",
         )
 
-    def _check_image(self, source: str, fd: int) -> None:
-        """Where the layers are is as much a lead as the reference itself."""
-        if self._trust.is_narrowed(source):
-            self._trust.check_registry(source, _image_of(fd)[0])
+    def _pin(self, ref: ImageRef) -> ImageRef:
+        """`ref` by the digest of the manifest for this machine. A tag that the registry cannot be asked for now means
+        what it meant last; a digest's manifest never changes."""
+        memory = self._tags / sha256(f"{ref} {platforms.host()}".encode()).hexdigest()
+        known = _read_digest(memory)
+        if known is not None and ref.digest is not None:
+            return ref.with_digest(known)
+        try:
+            digest = self._client.resolve(ref).digest
+        except RegistryError as error:
+            if known is None or not error.retryable:
+                raise
+            log.warning("the registry cannot be asked: the tag means what it did", image=str(ref), error=str(error))
+            return ref.with_digest(known)
+        if digest != known:
+            with whole_file(memory) as out:
+                out.write(digest.encode())
+        return ref.with_digest(digest)
 
-    def _image(self, source: str, ref: ImageRef, announce: Announce) -> int:
-        """The index of an image: from a store, or made now."""
-        self._trust.check_registry(source, ref)
-        image = ref.with_digest(self._client.resolve(ref).digest)
-        fd = self._find(image)
-        while fd is None:
-            announce(self._settings["image_deadline"] + self._settings["mount_deadline"])
-            self._make(image)
-            fd = self._local.open(name_of(image))
+    def _url(self, value: str, place: S3Place | OciPlace) -> int:
+        """What a URL gives now, or gave last when that cannot be had for now."""
+        kept = self._urls / sha256(value.encode()).hexdigest()
+        known = _tag_of(kept)
+        if known and isinstance(place, OciPlace) and place.ref.digest is not None:
+            return os.open(kept, os.O_RDONLY | os.O_CLOEXEC)
+        self._flights.once(value, lambda: self._fetch(value, place, kept, known))
+        return os.open(kept, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _fetch(self, value: str, place: S3Place | OciPlace, kept: Path, known: str | None) -> None:
+        with self._indexes.temporary() as path:
+            try:
+                tag = self._pull(value, place, path, known)
+            except (RegistryError, StoreError, DaemonError) as error:
+                passing = isinstance(error, DaemonError) or error.retryable
+                if known is None or not passing:
+                    raise
+                log.warning("what was kept is used: the index cannot be fetched", url=show(value), error=str(error))
+                return
+            if tag is not None:
+                _keep(path, kept, tag)
+
+    def _pull(self, value: str, place: S3Place | OciPlace, path: Path, known: str | None) -> str | None:
+        if isinstance(place, S3Place):
+            patience = self._settings["mount_deadline"] / 3
+            return jobs.run(patience, indexjobs.pull_url, self._settings, value, str(path), known)
+        ref = place.ref if place.ref.tag or place.ref.digest else ImageRef.parse(place.ref.name, local_paths=False)
+        with open(path, "w+b") as out:
+            return self._oci.pull(ref, out, limit=container.MAX_FILE, known=known)
+
+    def _named(self, value: str) -> int:
+        """A name or digest that an image's own environment may have set: it leads to what the stores have, no more."""
+        if not _NAME.match(value.replace("@", "/", 1)):
+            raise TrustError(f"{show(value)!r} is neither a name nor a digest", hint="name an index of the stores")
+        if value.startswith("sha256:"):
+            fd = self._by_hash(check_digest(value))
+        elif "@" in value:
+            image = ImageRef.parse(value, local_paths=False)
+            self._trust.check_registry("env", image)
+            fd = self._indexes.find(image)
+        else:
+            fd = self._indexes.by_name(value if value.endswith(".clip") else f"{value}.clip")
+        if fd is None:
+            raise AbsentError(
+                f"no store has the index {show(value)}",
+                hint="see `stores.lookup`; `clip-shim index REF --push` puts it there",
+            )
         return fd
 
-    def _find(self, image: ImageRef) -> int | None:
-        """The index of `image` in the first store that has it; one from elsewhere is kept here too."""
-        fd = self._local.open(name_of(image))
+    def _by_hash(self, digest: str) -> int | None:
+        fd = self._indexes.by_name(f"{digest.replace(':', '-')}.clip")
         if fd is not None:
-            if _is_of(fd, image, self._local):
-                return fd
-            os.close(fd)
-        for store in self._others:
-            with self._temporary() as path:
-                try:
-                    with open(path, "wb") as out:
-                        found = store.find(image, out)
-                    if not found or not _is_of(path, image, store):
-                        continue
-                    self._local.put(name_of(image), path, replace=True)
-                except ShimError as error:
-                    log.warning("an index store cannot be used", store=store.url, error=str(error))
-                    continue
-                return self._local.open(name_of(image))
-        return None
-
-    def _make(self, image: ImageRef) -> None:
-        """Index `image` and keep the result, or wait for the thread that does."""
-        key = name_of(image)
-        with self._lock:
-            flight = self._flights.get(key)
-            mine = flight is None
-            if flight is None:
-                flight = self._flights[key] = _Flight()
-        if not mine:
-            flight.done.wait()
-            if flight.error is not None:
-                raise type(flight.error)(str(flight.error), hint=flight.error.hint)
-            return
-        try:
-            self._index(image)
-        except ShimError as error:
-            flight.error = error
-            raise
-        except BaseException as error:
-            flight.error = DaemonError(f"the index of {image} was not made: {error!r}")
-            raise
-        finally:
-            with self._lock:
-                del self._flights[key]
-            flight.done.set()
-
-    def _index(self, image: ImageRef) -> None:
-        started = time.monotonic()
-        log.info("no store has the image's index: making it", image=str(image))
-        assert image.digest is not None
-        with self._temporary() as path:
-            jobs.run(
-                self._settings["image_deadline"],
-                imagejob.index_image,
-                image.registry,
-                image.repository,
-                image.tag,
-                image.digest,
-                self._settings["registries"],
-                str(path),
-            )
-            self._local.put(name_of(image), path, replace=True)
-        log.info("indexed", image=str(image), seconds=round(time.monotonic() - started, 2))
-
-    @contextmanager
-    def _temporary(self) -> Iterator[Path]:
-        """A new empty file below STATE, gone afterwards."""
-        try:
-            handle, name = tempfile.mkstemp(dir=self._making)
-            os.close(handle)
-        except OSError as error:
-            raise StoreError(f"no file can be made in {self._making}: {error.strerror}") from error
-        try:
-            yield Path(name)
-        finally:
-            Path(name).unlink(missing_ok=True)
+            with open(os.dup(fd), "rb") as file:
+                actual = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            if actual != digest:
+                os.close(fd)
+                raise IntegrityError(f"a store has {actual} under the name of {digest}")
+        return fd
 
 
 def show(value: str) -> str:
@@ -186,26 +181,33 @@ def show(value: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in value[:1024])
 
 
-def _image_of(file: int | Path) -> tuple[ImageRef, str]:
-    """(image, digest of its manifest) that an index file is about. Raises IndexFormatError."""
-    with open(file, "rb", closefd=not isinstance(file, int)) as opened:
-        try:
-            data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        except (ValueError, OSError) as error:
-            raise IndexFormatError("the index is empty or cannot be read") from error
-        with data:
-            facts = codec.summary(data)
-    return ImageRef.parse(facts["image"], local_paths=False), facts["digest"]
-
-
-def _is_of(file: int | Path, image: ImageRef, store: IndexStore) -> bool:
-    """Whether an index that a store gave is that of `image`."""
+def _read_digest(path: Path) -> str | None:
     try:
-        ref, digest = _image_of(file)
-    except ShimError as error:
-        log.warning("a store has something else than an index", store=store.url, image=str(image), error=str(error))
-        return False
-    if digest == image.digest and ref.name == image.name:
-        return True
-    log.warning("a store has the index of another image", store=store.url, image=str(image), found=f"{ref}@{digest}")
-    return False
+        return check_digest(path.read_bytes()[:256].decode("ascii", "replace"))
+    except (OSError, ShimError):
+        return None
+
+
+def _tag_of(kept: Path) -> str | None:
+    """What a copy was called by its store; "" when that could not be noted, None when there is no copy."""
+    try:
+        return os.getxattr(kept, _TAG).decode("utf-8", "replace")
+    except OSError:
+        return "" if kept.exists() else None
+
+
+def _keep(path: Path, kept: Path, tag: str) -> None:
+    """Name a fetched file, with its tag, in one step."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            try:
+                os.setxattr(fd, _TAG, tag.encode())
+            except OSError:
+                pass  # a file system without them: it is fetched each time
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(path, kept)
+    except OSError as error:
+        raise StoreError(f"the index cannot be kept in {kept.parent}: {error.strerror}") from error

@@ -11,6 +11,7 @@ from shim.errors import ConfigError, TrustError
 from shim.registry.ref import ImageRef
 from shim.registry.transport import is_internal
 from shim.settings import Settings
+from shim.stores.urls import S3Place
 
 SOURCES = ("annotation", "bundle", "marker", "env", "mount")
 _KEYS = ("registries", "stores")
@@ -21,7 +22,11 @@ class Trust:
     place of `trust.registries` (`trust.stores`) for references of that source. Raises ConfigError when it is wrong."""
 
     def __init__(self, settings: Settings) -> None:
-        self._general: dict[str, tuple[str, ...]] = {"registries": settings["trust.registries"]}
+        own = [url for url in (*settings["stores.lookup"], *settings["stores.write"]) if url.startswith("s3://")]
+        self._general: dict[str, tuple[str, ...]] = {
+            "registries": settings["trust.registries"],
+            "stores": (*own, *settings["trust.stores"]),
+        }
         self._by_source: dict[str, dict[str, tuple[str, ...]]] = {}
         for source, rules in settings["trust.sources"].items():
             key = f"trust.sources.{source}"
@@ -40,6 +45,15 @@ class Trust:
         """Raise TrustError unless a reference of `source` may lead to the image."""
         trusted = self._by_source.get(source, {}).get("registries", self._general["registries"])
         check_registry(image.registry, trusted, image.repository)
+
+    def check_store(self, source: str, place: S3Place) -> None:
+        """Raise TrustError unless a reference of `source` may name the object, which the node's credentials read."""
+        trusted = self._by_source.get(source, {}).get("stores", self._general["stores"])
+        if not any(item == "*" or f"{place}/".startswith(item.rstrip("/*") + "/") for item in trusted):
+            raise TrustError(
+                f"the reference leads to {place}, which neither `stores` nor `trust.stores` names",
+                hint=f"add s3://{place.bucket}/ to `trust.stores` in the configuration if you want that",
+            )
 
 
 def _texts(value: Any, key: str) -> tuple[str, ...]:

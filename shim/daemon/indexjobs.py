@@ -1,0 +1,50 @@
+"""Jobs about indexes: what burns CPU (indexing an image) or loads much (boto3), kept out of the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shim import log
+from shim.index import codec, container
+from shim.index.build import build_index
+from shim.registry.client import RegistryClient
+from shim.registry.ref import ImageRef
+from shim.settings import Settings
+from shim.stores.directory import DirectoryStore
+from shim.stores.s3 import S3Store
+from shim.stores.transfer import Stores
+
+
+def index_image(settings: Settings, image: ImageRef, path: str) -> str:
+    """Write the index of `image` (by its platform's manifest) to `path`; the index's own digest."""
+    client = RegistryClient(settings["registries"])
+    try:
+        index = build_index(image, client, warn=lambda line: log.warning("indexing", image=str(image), note=line))
+    finally:
+        client.close()
+    return codec.write_index(path, index)
+
+
+def find_in_store(settings: Settings, url: str, image: ImageRef, path: str) -> bool:
+    """Write the index that the store at `url` has of `image` to `path`; False: it has none."""
+    with Stores(settings) as stores, open(path, "wb") as out:
+        return stores.store(url).find(image, out)
+
+
+def fetch_by_name(settings: Settings, url: str, name: str, path: str) -> bool:
+    """Write what the store at `url` has under `name` to `path`; False: nothing, or it has no names."""
+    with Stores(settings) as stores, open(path, "wb") as out:
+        store = stores.store(url)
+        return isinstance(store, S3Store | DirectoryStore) and store.fetch(name, out)
+
+
+def keep_in_store(settings: Settings, url: str, image: ImageRef, path: str) -> str:
+    """Store the index at `path` in the store at `url`, unless it has one of `image`; where it is."""
+    with Stores(settings) as stores:
+        return stores.store(url).keep(image, Path(path))
+
+
+def pull_url(settings: Settings, url: str, path: str, known: str | None) -> str | None:
+    """`Stores.pull` of an index to `path`."""
+    with Stores(settings) as stores, open(path, "w+b") as out:
+        return stores.pull(url, out, known=known, limit=container.MAX_FILE)
