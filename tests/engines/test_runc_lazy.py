@@ -54,6 +54,24 @@ def test_annotation(clean: Host, indexed: Indexed, tmp_path: Path) -> None:
     assert run(clean, made).stdout == f"{ONE}{digest}  -\n"
 
 
+def test_image_by_its_name(clean: Host, pushed: Callable[[str], str], tmp_path: Path) -> None:
+    """The index is made by the first create, and kept."""
+    for name in ("i1", "i2"):
+        made = bundle.make(tmp_path / name, ["cat", "/data/one"], index=f"image://{pushed('small')}")
+        assert run(clean, made).stdout == ONE
+
+
+def test_name_in_the_environment(clean: Host, indexed: Indexed, tmp_path: Path) -> None:
+    """Only when that is switched on: else it is a plain, and here empty, container."""
+    clean.clip("push", indexed("small"), f"{clean.state_dir}/indexes/team/small.clip")
+    made = bundle.make(tmp_path / "n1", ["cat", "/data/one"])
+    spec = json.loads((made / "config.json").read_text())
+    spec["process"]["env"].append("CLIP_INDEX=team/small")
+    (made / "config.json").write_text(json.dumps(spec))
+    assert run(clean, made, check=False).returncode != 0
+    assert run(clean, made, env={"CLIP_SHIM_REFERENCE_ENV": "true"}).stdout == ONE
+
+
 def test_index_in_the_bundle(clean: Host, indexed: Indexed, tmp_path: Path) -> None:
     made = bundle.make(tmp_path / "b1", ["cat", "/data/one"])
     (made / "index.clip").write_bytes(indexed("small").read_bytes())
