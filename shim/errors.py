@@ -127,3 +127,9 @@ class AbsentError(StoreError):
 
     errno_ = errno.ENOENT
     default_hint = "check the URL, or make the index with `clip-shim index REF --push URL`"
+
+
+class InstallError(ShimError):
+    """An engine's configuration cannot be changed as asked: it is not valid, changed meanwhile, or still needed."""
+
+    default_hint = "see the engine's page in packaging/engines"

@@ -26,6 +26,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("shim.cli.report", "show what a container's start read, and when"),
     "doctor": ("shim.cli.doctor", "say what is wrong with this node, and the mend"),
     "cache": ("shim.cli.cache", "list, check and clean the layer cache"),
+    "install": ("shim.cli.install", "make the runtime known to an engine"),
+    "uninstall": ("shim.cli.uninstall", "undo `install`"),
     "config": ("shim.cli.config", "show or check the configuration"),
 }
 
@@ -37,10 +39,19 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, hint=f"see `{self.prog} --help`")
 
 
+class _Help(argparse.HelpFormatter):
+    """Room for the verbs' own indentation, which argparse forgets: the longest would get a line of its own."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        self._action_max_length = max(self._action_max_length, 4 + max(map(len, VERBS)))
+
+
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """The parser of all verbs, or (faster to make) of verb `only`."""
     parser = _Parser(
         prog="clip-shim",
+        formatter_class=_Help,
         description="Start any OCI image in about a second: an OCI runtime over lazily loaded trees.",
         epilog="Anything else is runc's command line and is handed to the runtime as it is.",
     )

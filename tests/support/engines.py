@@ -36,7 +36,7 @@ class Engine:
         self.plain = find_runtime("runc")
         self.clip = str(host.runtime) if clip else self.plain
         self.base = host.base / self.name
-        self.base.mkdir()
+        self.base.mkdir(exist_ok=True)
         self._pulled: set[str] = set()
         self._pulling = threading.Lock()
 
@@ -110,10 +110,12 @@ class Docker(Engine):
 
     name = "docker"
 
-    def __init__(self, host: Host, *, clip: bool = True) -> None:
+    def __init__(self, host: Host, *, clip: bool = True, config: Path | None = None) -> None:
+        """config: a daemon.json, which then says what runtimes there are."""
         super().__init__(host, clip=clip)
         self.containerd = Containerd(host, clip=clip)
         self.socket = self.base / "d.sock"
+        self.config = config
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Docker:
@@ -123,13 +125,14 @@ class Docker(Engine):
 
     def start(self) -> None:
         """Start dockerd (again). Returns when it answers."""
+        runtimes = ["--add-runtime", f"clip={self.clip}", "--add-runtime", f"plain={self.plain}"]
         self.process = self.host.start(
             "dockerd",
             *("--data-root", self.base / "root", "--exec-root", self.base / "exec", "--pidfile", self.base / "pid"),
             *("--host", f"unix://{self.socket}", "--containerd", self.containerd.socket),
             *("--iptables=false", "--ip6tables=false", "--bridge=none", "--log-level=warn"),
             *("--exec-opt", "native.cgroupdriver=cgroupfs", "--storage-driver=overlay2"),
-            *("--add-runtime", f"clip={self.clip}", "--add-runtime", f"plain={self.plain}"),
+            *(runtimes if self.config is None else ("--config-file", self.config)),
             log="dockerd",
         )
         wait_for("dockerd answers", lambda: self.call("version", check=False).returncode == 0)

@@ -33,6 +33,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("shim.thin",),
     ("shim.tree",),
     ("shim.daemon",),
+    ("shim.install",),
     ("shim.doctor",),
     ("shim.api",),
     ("shim.cli", "shim.__main__"),

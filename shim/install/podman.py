@@ -1,0 +1,127 @@
+"""podman: `engine.runtimes` in containers.conf(5), by default in a drop-in of its own.
+
+`runtime_supports_json` must name the runtime too, or its errors are shown as raw text. A list in a later file takes the
+place of an earlier one's (older versions know no `append`), so ours is the list that holds here, and our name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from shim.errors import InstallError
+from shim.install.plan import Plan, Runtime, change, read, taken
+from shim.install.toml import TomlFile
+
+TITLE = "podman"
+CONFIG = Path("/etc/containers/containers.conf.d/50-clip-shim.conf")
+PROGRAM = "podman"
+_SOURCES = (Path("/usr/share/containers/containers.conf"), Path("/etc/containers/containers.conf"))
+_DROP_INS = (Path("/usr/share/containers/containers.conf.d"), Path("/etc/containers/containers.conf.d"))
+# what podman has built in (common/pkg/config/default.go); a name too much does no harm
+_SUPPORT_JSON = ["crun", "crun-vm", "runc", "kata", "runsc", "youki", "krun"]
+_RUNTIMES = ("engine", "runtimes")
+_JSON = ("engine", "runtime_supports_json")
+
+
+def install(config: Path, runtime: Runtime, *, force: bool) -> Plan:
+    """Raises InstallError: a file is not valid, or the name is taken."""
+    before = read(config)
+    file = TomlFile(config, before or b"")
+    entry = file.table(*_RUNTIMES).get(runtime.name)
+    path = _first(entry)
+    if entry is not None and not runtime.is_ours(path) and not force:
+        raise taken(config, runtime.name, path)
+    if path != runtime.path:
+        file.set([*_RUNTIMES, runtime.name], [runtime.path])
+    names = file.get(*_JSON)
+    listed = [item for item in names if isinstance(item, str)] if isinstance(names, list) else _supporting(config)
+    if names is None or runtime.name not in listed:
+        file.set(_JSON, [*listed, runtime.name])
+    usage = f"podman --runtime {runtime.name} run …   (podman has no daemon: nothing is to be reloaded)"
+    return Plan(change(config, before, file.encode()), "", usage)
+
+
+def uninstall(config: Path, runtime: Runtime, *, force: bool) -> Plan:
+    """Raises InstallError: the file is not valid, or the entry is not ours."""
+    before = read(config)
+    file = TomlFile(config, before or b"")
+    entry = file.table(*_RUNTIMES).get(runtime.name)
+    if entry is None:
+        return Plan([], "", "")
+    if not runtime.is_ours(_first(entry)) and not force:
+        raise taken(config, runtime.name, _first(entry))
+    if file.get("engine", "runtime") == runtime.name:
+        raise InstallError(f"`runtime` in {config} is {runtime.name}", hint="set it to runc or crun first")
+    file.remove([*_RUNTIMES, runtime.name])
+    names = file.get(*_JSON)
+    if isinstance(names, list) and runtime.name in names:
+        left = [name for name in names if name != runtime.name]
+        if config == CONFIG or set(left) <= set(_supporting(config)):
+            file.remove(_JSON)  # what holds without it
+        else:
+            file.set(_JSON, left)
+    after: bytes | None = file.encode()
+    if config.name == CONFIG.name and not (after or b"").strip():
+        after = None
+    return Plan(change(config, before, after), "", "")
+
+
+def configured(config: Path) -> dict[str, str]:
+    """Name → path of the runtimes in the file. Raises InstallError."""
+    file = TomlFile(config, read(config) or b"")
+    return {name: _first(entry) or "" for name, entry in file.table(*_RUNTIMES).items()}
+
+
+def users(_: Path, runtime: Runtime) -> list[str] | None:
+    """The containers, running or not, that were made with the runtime; None if podman cannot say."""
+    program = shutil.which(PROGRAM)
+    if program is None:
+        return None
+    names = _run([program, "container", "ls", "--all", "--quiet", "--no-trunc"])
+    if names is None:
+        return None
+    if not names.split():
+        return []
+    text = _run([program, "container", "inspect", *names.split()[:5000]])
+    try:
+        items = json.loads(text or "")
+        return [
+            str(item["Name"])
+            for item in items
+            if item.get("OCIRuntime") in (runtime.name, runtime.path) or runtime.is_ours(item.get("OCIRuntime"))
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _run(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=60, check=False, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _supporting(config: Path) -> list[str]:
+    """`runtime_supports_json` as the files before `config` leave it."""
+    named = os.environ.get("CONTAINERS_CONF")
+    sources = [Path(named)] if named else [*_SOURCES, *(p for d in _DROP_INS for p in sorted(d.glob("*.conf")))]
+    found = list(_SUPPORT_JSON)
+    for path in sources:
+        if path == config or (data := read(path)) is None:
+            continue
+        names: Any = TomlFile(path, data).get(*_JSON)
+        if isinstance(names, list):
+            found = [name for name in names if isinstance(name, str)]
+    return found
+
+
+def _first(entry: Any) -> str | None:
+    return entry[0] if isinstance(entry, list) and entry and isinstance(entry[0], str) else None

@@ -1,0 +1,125 @@
+"""Engines that run: found by their processes, since each has its own idea of where sockets and configurations lie."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from shim.errors import InstallError
+
+_MAX_ANSWER = 32 << 20
+_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A running program. words: its command line; started: seconds since the epoch."""
+
+    pid: int
+    words: list[str]
+    started: float
+
+    def options(self, *names: str) -> list[str]:
+        """The values of a flag, in order: `--flag value`, `--flag=value`; one dash or two."""
+        found = []
+        for number, word in enumerate(self.words):
+            name, equals, value = word.partition("=")
+            if name.lstrip("-") in names and name.startswith("-"):
+                if equals:
+                    found.append(value)
+                elif number + 1 < len(self.words):
+                    found.append(self.words[number + 1])
+        return found
+
+    def option(self, default: str, *names: str) -> str:
+        return next(reversed(self.options(*names)), default)
+
+    @property
+    def root(self) -> Path:
+        """Its root directory, as seen from here: an engine may run in a mount namespace of its own."""
+        if mount_namespace(self.pid) == mount_namespace(os.getpid()):
+            return Path("/")
+        return Path(f"/proc/{self.pid}/root")
+
+    def path(self, path: str) -> Path:
+        """A path of the process, from here."""
+        return self.root / path.lstrip("/")
+
+
+def mount_namespace(pid: int) -> str:
+    """Its name, "" if the process is gone or not ours to look at."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/mnt")
+    except OSError:
+        return ""
+
+
+def find(program: str) -> list[Process]:
+    """The processes that execute `program` (a file name), oldest first. Not their threads and forks."""
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            executable = os.path.basename(os.readlink(f"/proc/{name}/exe")).removesuffix(" (deleted)")
+            if executable != program:
+                continue
+            data = Path(f"/proc/{name}/cmdline").read_bytes()
+            words = [os.fsdecode(word) for word in data.rstrip(b"\0").split(b"\0")]
+            found.append(Process(int(name), words, started(int(name))))
+        except (OSError, ValueError, IndexError):
+            continue  # it ended, or is not ours to look at
+    return sorted(found, key=lambda process: process.pid)
+
+
+def started(pid: int) -> float:
+    """When a process was started, in seconds since the epoch (proc_pid_stat(5), field 22). OSError, ValueError."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    boot = next(line.split()[1] for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+    return int(boot) + ticks / os.sysconf("SC_CLK_TCK")
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_SECONDS)
+        directory = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY)
+        try:
+            self.sock.connect(f"/proc/self/fd/{directory}/{self._path.name}")  # a name may have 107 bytes only
+        finally:
+            os.close(directory)
+
+
+def get(path: Path, url: str) -> bytes:
+    """GET over a unix socket, the body of a 200. Raises InstallError."""
+    connection = _UnixConnection(path)
+    try:
+        connection.request("GET", url)
+        response = connection.getresponse()
+        body = response.read(_MAX_ANSWER)
+    except (OSError, http.client.HTTPException) as error:
+        raise InstallError(f"{path} does not answer: {error}") from error
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise InstallError(f"{path} answers {response.status} to {url}")
+    return body
+
+
+def get_json(path: Path, *parts: str, query: str = "") -> Any:
+    """GET of a JSON document. Raises InstallError."""
+    url = "/" + "/".join(quote(part, safe="") for part in parts) + query
+    try:
+        return json.loads(get(path, url))
+    except (ValueError, RecursionError) as error:
+        raise InstallError(f"{path} answers no JSON to {url}") from error
