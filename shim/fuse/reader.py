@@ -50,9 +50,9 @@ class Reader(threading.Thread):
                         server.unmounted()
                         return
                 else:
-                    self._handle(length)
+                    self._serve(length)
 
-    def _handle(self, length: int) -> None:
+    def _serve(self, length: int) -> None:  # not `_handle`: from Python 3.13 on a Thread has one of its own
         if length < proto.IN_HEADER.size:
             return  # never from this kernel; there is no `unique` to answer
         _, opcode, unique, node_id, _, _, pid, _, _ = proto.IN_HEADER.unpack_from(self._request)
