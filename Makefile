@@ -25,6 +25,20 @@ demo: venv ## run an image from its index: IMAGE=docker.io/library/python:3.12, 
 test: venv ## run all tests: unit, mounts, engines, faults (root; ARGS='-k word' goes to pytest)
 	@cd '$(HERE)' && exec '$(VENV)/bin/python' -m tests.support.tiers $(ARGS)
 
+.PHONY: packages
+packages: venv ## build the deb and the rpm into build/
+	@cd '$(HERE)' && exec '$(VENV)/bin/python' packaging/build.py build $(ARGS)
+
+.PHONY: package-test
+package-test: venv ## install, upgrade, remove and purge the packages in clean Debian roots; lintian (root, ~3 minutes)
+	@missing=(); for tool in lintian rpm; do command -v $$tool >/dev/null || missing+=($$tool); done; \
+		((!$${#missing[@]})) || DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$${missing[@]}"
+	@cd '$(HERE)' && exec '$(VENV)/bin/python' -m pytest -q tests/packages $(ARGS)
+
+.PHONY: docs
+docs: venv ## write the configuration reference anew from the settings table
+	@cd '$(HERE)' && '$(VENV)/bin/python' packaging/generate.py reference >packaging/CONFIGURATION.md
+
 .PHONY: browser-test
 browser-test: venv ## look at `clip-shim report` in Chromium (root; installs Debian's chromium, 100 MB)
 	@command -v chromium >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium

@@ -40,10 +40,10 @@ def connect_or_start() -> client.Connection:
     """A connection to the daemon, which is started as the wrapper would if none runs."""
     from shim.cli.runtime_path import ensure_launcher
     from shim.runtime import config
-    from shim.runtime.launcher import SETTINGS_NAME
+    from shim.runtime.launcher import settings_path
 
     launcher = ensure_launcher(settings.load())
-    loaded = config.load(str(launcher.with_name(SETTINGS_NAME)), dict(os.environb))
+    loaded = config.load(str(settings_path(launcher)), dict(os.environb))
     if loaded.problem is not None:
         raise loaded.problem
     return client.connect(loaded, dict(os.environb))

@@ -24,6 +24,7 @@ from shim.errors import ConfigError
 from shim.settings import BY_KEY, DEFAULT_CONFIG, SETTINGS, Settings, load
 
 SETTINGS_NAME = "clip-shim-runtime.json"
+_ELSEWHERE = "settings-at"  # a file beside the launcher: a package keeps out of /usr what changes
 VERSION = 1
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # for runtimes named without a directory
 _NEEDED = (3, 11)
@@ -40,16 +41,30 @@ def write_launcher(dest: Path, settings: Settings, daemon_command: list[str], *,
     """
     dest = Path(os.path.abspath(dest))
     package = Path(shim.runtime.fastpath.__file__).resolve().parent.parent
-    settings_file = dest.parent / SETTINGS_NAME
+    settings_file = settings_path(dest)
     if config is None:
         config = Path(os.environ.get("CLIP_SHIM_CONFIG", DEFAULT_CONFIG))
-    text = f"#!{_interpreter()} {_FLAGS}\n# Written by clip-shim: an OCI runtime in front of runc. Do not edit.\n"
-    text += Path(shim.runtime.fastpath.__file__).read_text(encoding="utf-8")
-    text += f"\n\nsys.exit(launch({os.fspath(package)!r}, {os.fspath(settings_file)!r}))\n"
+    text = launcher_text(_interpreter(), package, settings_file)
     compiled = compile_settings(settings, config, daemon_command, dest, package)
     _write(settings_file, json.dumps(compiled, indent=1) + "\n", 0o644)
-    _write(dest, text, 0o755)
+    if not (os.access(dest, os.X_OK) and dest.read_text(encoding="utf-8", errors="replace") == text):
+        _write(dest, text, 0o755)
     return dest
+
+
+def launcher_text(interpreter: str, package: Path, settings_file: Path) -> str:
+    """The launcher of an installation whose `shim` lies at `package`."""
+    text = f"#!{interpreter} {_FLAGS}\n# Written by clip-shim: an OCI runtime in front of runc. Do not edit.\n"
+    text += Path(shim.runtime.fastpath.__file__).read_text(encoding="utf-8")
+    return text + f"\n\nsys.exit(launch({os.fspath(package)!r}, {os.fspath(settings_file)!r}))\n"
+
+
+def settings_path(launcher: Path) -> Path:
+    """Where a launcher's compiled settings lie: beside it, or where the file `settings-at` beside it says."""
+    try:
+        return Path((launcher.parent / _ELSEWHERE).read_text(encoding="utf-8").strip())
+    except OSError:
+        return launcher.parent / SETTINGS_NAME
 
 
 def compile_settings(
