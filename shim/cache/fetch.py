@@ -62,10 +62,11 @@ class LazyLayer:
           the lock together with its waiters, after it was published, so a reader either sees the span or is told.
         - A job that waits for a thread may still grow (a span right behind it joins it); one that began does not.
         - A read that has gone (deadline, SIGKILL) cancels nothing.
-        - A retryable error is retried with growing pauses for as long as a waiter's deadline allows; then, and for
-          other errors, every waiter of the job's remaining spans gets it, and the next read begins anew.
-        - Bytes that do not hash right are fetched once more; then the run's waiters get the error, and the job goes on
-          behind it. Read-ahead that fails is given up at once.
+        - A registry's error, also a refusal, is retried with growing pauses for as long as a waiter's deadline allows:
+          credentials come back, replicas catch up. Then every waiter of the job's remaining spans gets it, and the next
+          read begins anew. Read-ahead that fails is given up at once.
+        - Bytes that do not hash right are fetched again at once, then after what is behind them, then with pauses; in
+          the end only their run's waiters get the error.
         - `done` is called exactly once, without locks, from a pool thread.
     Memory: a job holds one span and one chunk; spans go to the cache at once, and nothing is queued behind it.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ from shim.layers.inflate import compressed_range, inflate_spans
 
 OpenRange = Callable[[int, int], AbstractContextManager[Iterable[bytes]]]
 
-_FIRST_DELAY = 0.1  # seconds between attempts, doubling
-_LONGEST_DELAY = 5.0
+_PAUSES = (0.1, 5.0)  # seconds between attempts: the first, doubling, and the longest
+_LONG_PAUSES = (1.0, 15.0)  # the same for refusals and wrong bytes: asking often may lock an account
+_WRONG = (IntegrityError, LayerError)
 
 
 @dataclass(slots=True)
@@ -109,12 +111,14 @@ class Transfer:
 
     def run(self, job: Job) -> None:
         """Get a job's spans, trying again as LazyLayer describes. Ends with nothing left in the job."""
-        position, failures, refetched = job.first, 0, -1
-        while position < job.stop and not self._closed.is_set():
+        todo = deque([(job.first, job.stop)])  # a run with wrong bytes is put behind what waits for others
+        failures, suspect = 0, -1
+        while todo and not self._closed.is_set():
+            position, stop = todo.popleft()
             before = len(job.left)
             try:
-                self._stream(job, position)
-                break
+                self._stream(job, position, stop)
+                continue
             except ShimError as caught:
                 error = caught
             except Exception as caught:  # noqa: BLE001 - whatever it is, waiters must hear of it
@@ -123,45 +127,49 @@ class Transfer:
             with self._lock:
                 self.error = str(error)
                 self.stats.failures += 1
-            if not job.left:
-                break
-            position = self._spans.restart(min(job.left))
+            left = [span for span in job.left if position <= span < stop]
+            if not left:
+                continue
+            position = self._spans.restart(min(left))
             failures = 1 if len(job.left) < before else failures + 1
-            if not isinstance(error, (IntegrityError, LayerError)):
-                if not self._worth_retrying(job, error, failures):
-                    self._board.failed(job, error, list(job.left))
-                    return
-            elif refetched != position:
-                refetched = position
+            end = self._spans.run_end(position) if isinstance(error, _WRONG) else stop
+            if end < stop and suspect == position:
+                todo.extend([(end, stop), (position, end)])
+            elif (isinstance(error, _WRONG) and suspect != position) or self._worth_retrying(job, error, failures):
+                todo.appendleft((position, stop))
             else:
-                self._wrong(job, error, position)
-                position = self._spans.run_end(position)
+                self._give_up(job, error, position, end)
+                todo.append((end, stop))
+            suspect = position
         self._board.failed(job, DaemonError("the daemon is stopping"), list(job.left))
 
-    def _wrong(self, job: Job, error: ShimError, position: int) -> None:
-        """Twice the wrong bytes: give up on the run at `position`."""
-        log.error("a layer's bytes are wrong", layer=self._cached.diff_id, source=self._source, error=str(error))
-        end = self._spans.run_end(position)
-        self._board.failed(job, error, [span for span in job.left if span < end])
+    def _give_up(self, job: Job, error: ShimError, first: int, stop: int) -> None:
+        if isinstance(error, _WRONG):
+            log.error("a layer's bytes are wrong", layer=self._cached.diff_id, source=self._source, error=str(error))
+        self._board.failed(job, error, [span for span in job.left if first <= span < stop])
 
     def _worth_retrying(self, job: Job, error: ShimError, failures: int) -> bool:
         """Pause before the next attempt, if there is time for one."""
-        if not isinstance(error, RegistryError) or not error.retryable:
+        if not isinstance(error, (RegistryError, *_WRONG)):
             return False
-        delay = min(_FIRST_DELAY * 2 ** min(failures - 1, 10), _LONGEST_DELAY)
+        passing = isinstance(error, RegistryError) and error.retryable
+        first, longest = _PAUSES if passing else _LONG_PAUSES
+        delay = min(first * 2 ** min(failures - 1, 10), longest)
         if self._clock() + delay >= self._board.patience(job):
             return False
         self._pause(delay)
         return True
 
-    def _stream(self, job: Job, first: int) -> None:
-        """One request for [first, job.stop), span by span into the cache."""
+    def _stream(self, job: Job, first: int, stop: int) -> None:
+        """One request for [first, stop), span by span into the cache."""
+        if first >= stop:
+            return
         fault("fetch.open")
-        start, end = compressed_range(self._spans, first, job.stop)
+        start, end = compressed_range(self._spans, first, stop)
         with self._lock:
             self.stats.requests += 1
         with self._open_range(start, end) as chunks:
-            for span, data in inflate_spans(self._spans, self._compression, first, self._counted(chunks), job.stop):
+            for span, data in inflate_spans(self._spans, self._compression, first, self._counted(chunks), stop):
                 if self._closed.is_set():
                     return
                 if span in job.left:

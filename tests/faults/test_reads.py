@@ -26,7 +26,7 @@ def registry() -> Iterator[Registry]:
 
 
 def test_wrong_bytes_are_never_served_and_are_fetched_again(registry: Registry) -> None:
-    with FaultServer(registry.host) as server, tree(server) as (host, target):
+    with FaultServer(registry.host) as server, tree(server, CLIP_SHIM_READ_DEADLINE="2s") as (host, target):
         server.faults.add("GET", "/blobs/", corrupt_at=70_000, need=("Range", "bytes="))
         assert read_error(target / FILES[0]) == errno.EIO
         assert failures(host)

@@ -29,7 +29,7 @@ def registry() -> Iterator[Registry]:
 
 @pytest.fixture(scope="module")
 def host(registry: Registry) -> Iterator[Host]:
-    with Host(settings={"CLIP_SHIM_TREE_LINGER": "300ms"}) as made:
+    with Host(settings={"CLIP_SHIM_TREE_LINGER": "300ms", "CLIP_SHIM_READ_DEADLINE": "4s"}) as made:
         made.trust_registry(registry.host)
         made.index(f"{registry.host}/shared-a:latest", "a")
         made.start_daemon()

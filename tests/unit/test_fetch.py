@@ -174,18 +174,37 @@ def test_after_the_deadline_all_waiters_get_the_error_and_the_next_read_tries_ag
     bench.check(0, 100)
 
 
-def test_a_refusal_is_not_retried(make: Make) -> None:
+def test_a_refusal_is_waited_for_too_with_longer_pauses(make: Make) -> None:
     bench = make()
 
     def before(number: int, _start: int, _end: int) -> None:
-        if number == 0:
+        if number < 3:
             raise NotFoundError("no such blob")
+
+    bench.source.before = before
+    bench.check(0, 10)
+    assert bench.clock.pauses == [1, 2, 4]
+
+
+def test_a_refusal_that_stays_is_the_readers_error(make: Make) -> None:
+    bench = make()
+
+    def before(_number: int, _start: int, _end: int) -> None:
+        raise NotFoundError("no such blob")
 
     bench.source.before = before
     with pytest.raises(NotFoundError):
         bench.read(0, 10)
-    assert bench.clock.pauses == []
-    bench.check(0, 10)
+    assert 45 <= sum(bench.clock.pauses) < 60
+    assert len(bench.source.requests) < 10
+
+
+def test_wrong_bytes_that_pass_are_waited_for(make: Make) -> None:
+    bench = make()
+    bench.source.change = lambda chunk: chunk if len(bench.source.requests) > 5 else b"\xff" * len(chunk)
+    bench.check(0, 1000)
+    assert len(bench.source.requests) == 6
+    assert bench.clock.pauses == [2, 4, 8, 15]
 
 
 def test_wrong_bytes_are_fetched_once_more(make: Make) -> None:

@@ -98,7 +98,7 @@ def test_a_reader_that_comes_while_a_span_is_published_is_answered(make: Make) -
 def test_a_reader_that_comes_while_an_error_is_delivered_is_answered(make: Make) -> None:
     bench = make()
     late: list[Future[bytes]] = []
-    bench.source.before = lambda number, _s, _e: (_ for _ in ()).throw(NotFoundError("gone")) if number == 0 else None
+    bench.source.before = lambda *_: (_ for _ in ()).throw(NotFoundError("gone")) if not late else None
 
     def hook(name: str) -> None:
         if name == "fetch.failed" and not late:
