@@ -4,7 +4,7 @@
 set -euo pipefail
 
 packages=(
-    attr busybox-static conmon containerd crun docker-registry docker.io e2fsprogs erofs-utils fuse3 iptables
+    attr busybox-static conmon containerd crun docker-registry docker.io e2fsprogs erofs-utils fuse3 groff-base iptables
     libcap2-bin make mmdebstrap pigz podman procps python3-venv runc skopeo strace systemd umoci util-linux xz-utils zstd
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from shim import settings
 from tests.support import bundle
 from tests.support.daemonclient import Client, log_lines
-from tests.support.host import Host, wait_for
+from tests.support.host import CLIP_SHIM, ROOT, Host, wait_for
 from tests.support.proxy import Proxy
 
 READS = ["sh", "-c", "sha256sum /data/noise.bin /data/text.txt"]
@@ -113,6 +114,21 @@ def test_a_cold_record_shows_what_waited(pushed: Callable[[str], str], registry_
         assert "/data/noise.bin" in text
         refused = host.clip("report", "nobody", check=False)
         assert (refused.returncode, "m3" in refused.stderr) == (1, True)
+
+
+def test_every_metric_is_told_of_and_every_one_that_is_told_of_exists(host: Host, index: Path) -> None:
+    """Dashboard, alert rules and the operations page name no metric that is not there, and the page names all."""
+    host.run(CLIP_SHIM, "status")
+    told = {}
+    for path in (*(ROOT / "packaging/monitoring").iterdir(), ROOT / "systemd/README.md"):
+        told[path.name] = set(re.findall(r"\b(?:clip_shim|process)_[a-z_]*[a-z]\b", path.read_text()))
+    there = {name for name, _ in scrape(host)}
+    there |= {name.removesuffix("_bucket") for name in there if name.endswith("_bucket")}
+    assert len(told["grafana-dashboard.json"]) > 20
+    for name, metrics in told.items():
+        assert metrics - there == set(), name
+    plain = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in there if name.startswith("clip_shim_")}
+    assert plain - told["README.md"] == set()
 
 
 def test_on_a_unix_socket(tmp_path: Path) -> None:

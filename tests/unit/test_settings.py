@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,12 @@ def test_every_default_parses() -> None:
         setting.parse(setting.default)
         assert setting.help
         assert yaml.safe_load(default_yaml())
+
+
+def test_the_reference_is_up_to_date() -> None:
+    """packaging/CONFIGURATION.md is made from the table: after a change of a setting run `make docs`."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "packaging/generate.py", "reference"], cwd=root, capture_output=True, text=True
+    )
+    assert (root / "packaging/CONFIGURATION.md").read_text() == done.stdout, "run `make docs`"
