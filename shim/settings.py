@@ -158,6 +158,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("tree_linger", _seconds, "5m", "how long a tree stays mounted after its last user"),
     Setting("fetch.threads", _threads, 8, "how many ranges are fetched at once"),
     Setting("fetch.readahead", _size, "8MiB", "how far sequential reads are fetched ahead, uncompressed bytes"),
+    Setting(
+        "fetch.profile", _bool, True, "fetch ahead what an image's first start read; record it where none is known"
+    ),
     Setting("reference.annotation", _bool, True, "accept the annotation io.clip.index"),
     Setting("reference.bundle", _bool, True, "accept index.clip in the bundle directory"),
     Setting("reference.marker", _bool, True, "accept /.clip/index.clip in the rootfs' lower layers"),

@@ -8,7 +8,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 from shim import log
@@ -18,7 +18,7 @@ from shim.cache.layer import CachedLayer
 from shim.cache.neighbours import Neighbours
 from shim.cache.pool import FetchPool
 from shim.cache.readahead import Readahead
-from shim.cache.transfer import Job, LayerStats, OpenRange, Transfer
+from shim.cache.transfer import Job, LayerStats, OpenRange, Transfer, Waiter
 from shim.errors import CacheError, DaemonError, ShimError
 from shim.fuse.blob import Buffer, Done
 from shim.index.model import Compression, Restart
@@ -26,19 +26,6 @@ from shim.index.model import Compression, Restart
 READAHEAD_BYTES = 8 << 20
 _JOB_BYTES = 32 << 20  # a queued job is not extended beyond this; a run without restart points may be longer
 _TRIES = 4  # times a read starts over because its spans were taken away before it saw them
-
-
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    """A read that waits. `missing`: spans not there yet; `pieces`: bytes of spans that could not be kept anywhere."""
-
-    offset: int
-    size: int
-    done: Done
-    deadline: float
-    missing: set[int] = field(default_factory=set)
-    pieces: dict[int, bytes] = field(default_factory=dict)
-    tries: int = 0
 
 
 class LazyLayer:
@@ -86,14 +73,19 @@ class LazyLayer:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], object] | None = None,
     ) -> None:
-        """readahead: uncompressed bytes, at most. clock and pause(seconds): replaced by tests."""
+        """readahead: uncompressed bytes, at most. clock and pause(seconds): replaced by tests.
+
+        `on_touch` is called with the spans of a read, when they are read for the first time since it was set, and
+        sometimes again; from any thread, so it must be quick.
+        """
         self.node_id = node_id
         self.name = name
         self.size = cached.size
         self.stamp = cached.stamp
         self.cached = cached
-        self._spans = cached.spans
+        self.spans = self._spans = cached.spans
         self._pool = pool
+        self.on_touch: Callable[[range], object] | None = None
         self._source = source
         self._read_deadline = read_deadline
         self._clock = clock
@@ -103,7 +95,7 @@ class LazyLayer:
         self._fetching = 0  # jobs that run
         self._using = 0  # threads that read the data file; `close` waits for them
         self._flights: dict[int, Job] = {}
-        self._waiters: dict[int, list[_Waiter]] = {}
+        self._waiters: dict[int, list[Waiter]] = {}
         self._queued: list[Job] = []
         spans = cached.spans
         self._runs = array("Q", (i for i in range(cached.count) if spans.kind(i) != Restart.CONTINUE))
@@ -140,18 +132,38 @@ class LazyLayer:
             return None
         for span in spans:
             if cache.states[span] == states.MARKED and cache.unmark(span):
+                self._touched(spans)
                 with self._lock:
                     self._fetch_ahead(spans)
         with self._use() as usable:
             return cache.read(offset, size) if usable else None
 
     def read_missing(self, offset: int, size: int, done: Done) -> None:
-        waiter = _Waiter(offset, size, done, self._clock() + self._read_deadline)
+        waiter = Waiter(offset, size, done, self._clock() + self._read_deadline)
         with self._lock:
             self._transfer.stats.misses += 1
             ready = self._attend(waiter)
+        self._touched(self.cached.span_range(offset, size))
         if ready and not self._pool.local.submit(self, lambda: self._deliver(waiter)):
             done(DaemonError("the daemon is stopping"))
+
+    def fetch_ahead(self, spans: Iterable[int]) -> None:
+        """Fetch what is missing of `spans` with one request, in this thread; what is there, or coming, is left alone.
+
+        Returns when they are there or have failed, which nobody hears of who does not wait for them.
+        """
+        with self._lock:
+            mine = {i for i in spans if i not in self._flights and self.cached.states[i] == states.ABSENT}
+            if not mine or self._closed.is_set():
+                return
+            job = Job(self._spans.restart(min(mine)), max(mine) + 1, mine, ahead=True)
+            self._flights.update(dict.fromkeys(mine, job))
+        self._fetch(job)
+
+    def _touched(self, spans: range) -> None:
+        """Whoever records a start profile hears of a read; see `on_touch`."""
+        if self.on_touch is not None:
+            self.on_touch(spans)
 
     @property
     def is_busy(self) -> bool:
@@ -197,7 +209,7 @@ class LazyLayer:
 
     # Planning. All under `_lock`.
 
-    def _attend(self, waiter: _Waiter) -> bool:
+    def _attend(self, waiter: Waiter) -> bool:
         """Register a waiter for what it lacks and see that it comes. True: it lacks nothing."""
         spans = self.cached.span_range(waiter.offset, waiter.size)
         lacking = [span for span in spans if not self.cached.is_readable(span) and span not in waiter.pieces]
@@ -312,7 +324,7 @@ class LazyLayer:
                     waiter.pieces[span] = data[max(0, waiter.offset - low) : waiter.offset + waiter.size - low]
                 if not waiter.missing:
                     ready.append(waiter)
-        if span in job.marks and not waiters:
+        if (span in job.marks or self.on_touch is not None) and not waiters:
             self.cached.mark(span)
         for waiter in ready:
             self._deliver(waiter)
@@ -321,7 +333,7 @@ class LazyLayer:
         """Board: the spans' waiters get the error, the next read of them begins anew."""
         fault("fetch.failed")
         with self._lock:
-            waiters: dict[int, _Waiter] = {}
+            waiters: dict[int, Waiter] = {}
             for span in spans:
                 job.left.discard(span)
                 if self._flights.get(span) is job:
@@ -344,10 +356,10 @@ class LazyLayer:
 
     # Answering
 
-    def _deliver(self, waiter: _Waiter) -> None:
+    def _deliver(self, waiter: Waiter) -> None:
         """Answer a waiter that lacks nothing; start over if the cleaner was faster."""
         with self._use() as usable:
-            data = self._collect(waiter) if usable else None
+            data = waiter.collect(self.cached) if usable else None
         if data is not None:
             self._answer(waiter, data)
             return
@@ -362,22 +374,7 @@ class LazyLayer:
             if ready and not self._pool.local.submit(self, lambda: self._deliver(waiter)):
                 self._answer(waiter, DaemonError("the daemon is stopping"))
 
-    def _collect(self, waiter: _Waiter) -> bytes | None:
-        if not waiter.pieces:
-            return self.cached.read(waiter.offset, waiter.size)
-        end = waiter.offset + waiter.size
-        parts = []
-        for span in self.cached.span_range(waiter.offset, waiter.size):
-            low = max(waiter.offset, self._spans.ustart(span))
-            part = waiter.pieces.get(span)
-            if part is None:
-                part = self.cached.read(low, min(end, self._spans.ustart(span + 1)) - low)
-            if part is None:
-                return None
-            parts.append(part)
-        return b"".join(parts).ljust(waiter.size, b"\0")  # the padding of the last block
-
-    def _answer(self, waiter: _Waiter, result: Buffer | ShimError) -> None:
+    def _answer(self, waiter: Waiter, result: Buffer | ShimError) -> None:
         try:
             waiter.done(result)
         except Exception:  # noqa: BLE001 - the reader's trouble is not the layer's

@@ -5,22 +5,53 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from shim import log
 from shim.cache.faultpoint import fault
 from shim.cache.layer import CachedLayer
+from shim.cache.ranges import Feed, pieces_of, ranges_of
 from shim.errors import DaemonError, IntegrityError, LayerError, RegistryError, ShimError
+from shim.fuse.blob import Done
 from shim.index.model import Compression
-from shim.layers.inflate import compressed_range, inflate_spans
+from shim.layers.inflate import inflate_spans
 
 OpenRange = Callable[[int, int], AbstractContextManager[Iterable[bytes]]]
 
 _PAUSES = (0.1, 5.0)  # seconds between attempts: the first, doubling, and the longest
 _LONG_PAUSES = (1.0, 15.0)  # the same for refusals and wrong bytes: asking often may lock an account
 _WRONG = (IntegrityError, LayerError)
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A read that waits. `missing`: spans not there yet; `pieces`: bytes of spans that could not be kept anywhere."""
+
+    offset: int
+    size: int
+    done: Done
+    deadline: float
+    missing: set[int] = field(default_factory=set)
+    pieces: dict[int, bytes] = field(default_factory=dict)
+    tries: int = 0
+
+    def collect(self, cached: CachedLayer) -> bytes | None:
+        """The bytes of a read that lacks nothing; None if some were taken away meanwhile."""
+        if not self.pieces:
+            return cached.read(self.offset, self.size)
+        end = self.offset + self.size
+        parts = []
+        for span in cached.span_range(self.offset, self.size):
+            low = max(self.offset, cached.spans.ustart(span))
+            part = self.pieces.get(span)
+            if part is None:
+                part = cached.read(low, min(end, cached.spans.ustart(span + 1)) - low)
+            if part is None:
+                return None
+            parts.append(part)
+        return b"".join(parts).ljust(self.size, b"\0")  # the padding of the last block
 
 
 @dataclass(slots=True)
@@ -162,18 +193,30 @@ class Transfer:
 
     def _stream(self, job: Job, first: int, stop: int) -> None:
         """One request for [first, stop), span by span into the cache."""
-        if first >= stop:
+        pieces = pieces_of(self._spans, [span for span in job.left if first <= span < stop])
+        if not pieces:
             return
         fault("fetch.open")
-        start, end = compressed_range(self._spans, first, stop)
-        with self._lock:
-            self.stats.requests += 1
-        with self._open_range(start, end) as chunks:
-            for span, data in inflate_spans(self._spans, self._compression, first, self._counted(chunks), stop):
-                if self._closed.is_set():
-                    return
-                if span in job.left:
-                    self._board.landed(job, span, data, self._cached.publish(span, data))
+        with ExitStack() as stack:
+            parts: list[Iterator[bytes]] = []
+
+            def chunks() -> Iterator[bytes]:
+                for low, high in ranges_of(self._spans, pieces):
+                    with self._lock:
+                        self.stats.requests += 1
+                    parts.append(self._counted(stack.enter_context(self._open_range(low, high))))
+                    yield from parts[-1]
+
+            feed = Feed(chunks(), self._spans.cstart(pieces[0][0]))
+            for begin, end in pieces:
+                stream = feed.at(self._spans.cstart(begin))
+                for span, data in inflate_spans(self._spans, self._compression, begin, stream, end):
+                    if self._closed.is_set():
+                        return
+                    if span in job.left:
+                        self._board.landed(job, span, data, self._cached.publish(span, data))
+            for _ in parts[-1]:  # a connection whose answer was read to its end can be used again
+                pass
 
     def _counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         for chunk in chunks:

@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "pull": ("shim.cli.pull", "fetch an index or archive from a store"),
     "verify": ("shim.cli.verify", "check an index file against the registry"),
     "convert": ("shim.cli.convert", "push a thin image: an index that any engine can run"),
+    "profile": ("shim.cli.profile", "put into an index what its containers read when they start"),
     "mount": ("shim.cli.mount", "mount an image's tree on a directory"),
     "umount": ("shim.cli.umount", "undo `mount`"),
     "daemon": ("shim.cli.daemon", "serve lazily loaded trees"),

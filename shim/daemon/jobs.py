@@ -72,6 +72,33 @@ def run(deadline: float, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     return result
 
 
+class Started:
+    """A job that runs while the caller does something else; `result` must be asked for, or `wait` called."""
+
+    def __init__(self, deadline: float, func: Callable[..., Any], *args: Any) -> None:
+        self._answer: list[Any] = []
+        self._error: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._answer.append(run(deadline, func, *args))
+            except BaseException as error:  # noqa: BLE001  raised by `result`
+                self._error.append(error)
+
+        self._thread = threading.Thread(target=work, name=func.__name__, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def result(self) -> Any:
+        """What the job gave, or its error raised, as of `run`."""
+        self.wait()
+        if self._error:
+            raise self._error[0]
+        return self._answer[0]
+
+
 SLOW = "the registry or the disk is slow: see `clip-shim status --waiting`, or raise `mount_deadline`"
 
 

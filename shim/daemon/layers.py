@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from shim.cache.fetch import LazyLayer
 from shim.cache.pool import FetchPool
 from shim.cache.store import Entry, LayerCache, layer_name
 from shim.cache.transfer import LayerStats
+from shim.daemon.profile import Recording
+from shim.daemon.served import ServedLayer, Source, Traffic
 from shim.daemon.trace import Listener, WatchedBlob
 from shim.daemon.trust import check_registry
 from shim.errors import CacheError, IntegrityError, RegistryError, ShimError
@@ -29,63 +31,6 @@ from shim.registry.retry import RetryPolicy
 from shim.settings import Settings
 
 _IMPATIENT_SECONDS = 4.0
-_MAX_SOURCES = 16  # the latest repositories of a layer; one that serves for months sees many
-
-
-@dataclass(slots=True)
-class Source:
-    """Where a layer's compressed bytes can be had: an image's repository, and the blob's digest there.
-
-    failed: when it last did (monotonic), 0 for never.
-    """
-
-    ref: ImageRef
-    digest: str
-    failed: float = 0.0
-
-    def is_same(self, other: Source) -> bool:
-        """Whether it is the same blob of the same repository, whatever the tag."""
-        return (self.ref.name, self.digest) == (other.ref.name, other.digest)
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """What was fetched: `fetched` bytes as they came, the uncompressed ones somebody waited for, and those ahead."""
-
-    fetched: int = 0
-    requests: int = 0
-    demand: int = 0
-    ahead: int = 0
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(*map(int.__add__, astuple(self), astuple(other)))
-
-    def __sub__(self, other: Traffic) -> Traffic:
-        return Traffic(*(max(0, a - b) for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-
-@dataclass(slots=True)
-class ServedLayer:
-    """A blob file. `users`: hexes of the mounted trees over it. `sources`: the repositories of the trees it served.
-    `places`: for messages, hex of an index that has the layer → its number there."""
-
-    lazy: LazyLayer
-    spans: SpanFile
-    users: set[str] = field(default_factory=set)
-    sources: list[Source] = field(default_factory=list)
-    places: dict[str, int] = field(default_factory=dict)
-    watched: WatchedBlob | None = None
-
-    def note(self, tree: str, number: int, source: Source) -> None:
-        """One more tree over it."""
-        self.users.add(tree)
-        self.places.pop(tree, None)
-        self.places[tree] = number
-        if len(self.places) > _MAX_SOURCES:
-            del self.places[next(iter(self.places))]
-        if not any(known.is_same(source) for known in self.sources):
-            self.sources.append(source)
-            del self.sources[:-_MAX_SOURCES]
 
 
 class Layers:
@@ -230,6 +175,26 @@ class Layers:
         with self._lock:
             served = self._served.get(name)
         return served is not None and served.lazy.read_cached(offset, length) is not None
+
+    def record(self, tree: str, meta: dict[str, Any], recording: Recording) -> None:
+        """Have the recording told what is read of a tree's layers."""
+        for number, served in enumerate(self._of(meta)):
+            with self._lock:
+                served.record(tree, (recording, number))
+
+    def end_recording(self, tree: str) -> None:
+        with self._lock:
+            for served in self._served.values():
+                if tree in served.recordings:
+                    served.record(tree, None)
+
+    def of(self, meta: dict[str, Any]) -> list[LazyLayer]:
+        """The layers of a tree that has been added, in its order."""
+        return [served.lazy for served in self._of(meta)]
+
+    def _of(self, meta: dict[str, Any]) -> list[ServedLayer]:
+        with self._lock:
+            return [self._served[layer["blob"]] for layer in meta["layers"]]
 
     def discard(self, tree: str) -> None:
         """A tree is no longer mounted: its layers go when the kernel has closed them (`sweep`)."""

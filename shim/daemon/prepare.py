@@ -1,13 +1,19 @@
-"""Job: turn an index file into what a mount needs, under STATE/trees/<index hex>/.
+"""Jobs: turn an index file into what a mount needs, under STATE/trees/<index hex>/.
 
     index.clip        the index, as it was given (written by the daemon before the job)
     spans.<n>         layer n's span table (shim/index/spanfile.py)
     image.erofs       the EROFS metadata image, with a seal behind it
-    meta.json         everything else the daemon needs; written last: without it the directory counts as empty
+    profile.json      the start profile, if there is one (profile.py)
+    meta.json         everything else the daemon needs; written last: without it the directory counts as
+                      empty
 
-Every file is written under a temporary name, synced and renamed, so the job can be killed anywhere and run again. A
-disk can still give back something else, and EROFS shows a damaged image without a word: so the image ends in a seal
-(format version, length, CRC-32), which is looked at before each mount, and span files carry a checksum of their own.
+Two jobs, side by side: `prepare_layers` (so that the layers can be served, and fetched from, while the tree is made)
+and `prepare_tree`; `finish` puts together what they found.
+
+Every file is written under a temporary name and renamed, so a job can be killed anywhere and run again. A disk can
+still give back something else (nothing is synced: a power failure may), and EROFS shows a damaged image without a word:
+so the image ends in a seal (format version, length, CRC-32), which is looked at before each mount, and span files carry
+a checksum of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +21,6 @@ from __future__ import annotations
 import json
 import os
 import posixpath
-import stat
 import struct
 import zlib
 from collections.abc import Callable
@@ -23,9 +28,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shim.cache.store import layer_name
+from shim.daemon.profile import write_profile
 from shim.erofs.chunks import ReadLayer
 from shim.erofs.writer import write_image
-from shim.errors import IndexFormatError
+from shim.errors import CacheError, IndexFormatError
 from shim.index import codec
 from shim.index.model import Index, Node, Tree
 from shim.index.spanfile import SpanFile, write_span_file
@@ -38,17 +44,17 @@ _SEAL_MAGIC = b"clipseal"
 _PIECE = 1 << 20
 
 
-def prepare_tree(directory: str, erofs: bool = True) -> dict[str, Any]:
-    """Decode and validate `directory`/index.clip, write everything that the mount needs; returns the meta.
-
-    The EROFS image is left to `build_image` when it needs data that EROFS cannot map: that has to be read through the
-    blob files, which are served only when the caller has the meta.
-    """
-    base = Path(directory)
-    for left in base.glob("*.tmp"):  # of a job that was killed
+def begin(directory: Path) -> None:
+    """Clear what killed jobs left, and an image of another version, or damaged."""
+    for left in (*directory.glob("*.tmp"), directory / "image.erofs"):
         left.unlink(missing_ok=True)
-    (base / "image.erofs").unlink(missing_ok=True)  # of another version, or damaged
-    index = codec.read_index(base / "index.clip")
+
+
+def prepare_layers(directory: str) -> dict[str, Any]:
+    """Job: decode and validate all of `directory`/index.clip but its tree, write the span files and, if the index has
+    one, the start profile; returns the meta's part about image and layers."""
+    base = Path(directory)
+    index = codec.decode(codec.read_file(base / "index.clip"), tree=False)
     layers = []
     for number, layer in enumerate(index.layers):
         span_path = base / f"spans.{number}"
@@ -65,21 +71,44 @@ def prepare_tree(directory: str, erofs: bool = True) -> dict[str, Any]:
                 "blob": layer_name(layer.diff_id, identity),
             }
         )
-    meta = {
+    if index.profile:
+        write_profile(base, index.profile)
+    return {
         "version": META_VERSION,
         "image": index.image,
         "digest": index.digest,
         "platform": index.platform,
         "layers": layers,
+    }
+
+
+def prepare_tree(directory: str, erofs: bool = True) -> dict[str, Any]:
+    """Job: decode and validate the tree of `directory`/index.clip, write its EROFS image; returns the meta's other
+    part.
+
+    The image is left to `build_image` when it needs data that EROFS cannot map: that has to be read through the blob
+    files.
+    """
+    base = Path(directory)
+    index = codec.decode(codec.read_file(base / "index.clip"), spans=False)
+    if erofs:
+        _try_image(base, index)
+    return {
         "symlinks": _root_symlinks(index.tree),
         "dirs": [name for name in ("proc", "dev", "sys") if _is_dir(index.tree.root, name.encode())],
         "probes": _probes(index),
     }
-    if erofs:
-        _try_image(base, index)
-    _sync_names(base)
-    _commit(base / "meta.json", lambda out: out.write(json.dumps(meta).encode()))
-    return meta
+
+
+def finish(directory: Path, meta: dict[str, Any]) -> None:
+    """Keep the whole meta: from now on the directory counts as prepared. Raises CacheError."""
+    try:
+        _commit(directory / "meta.json", lambda out: out.write(json.dumps(meta).encode()))
+    except OSError as error:
+        raise CacheError(
+            f"the tree cannot be kept in {directory}: {error.strerror}",
+            hint="see `state_dir` in the configuration: is the disk full?",
+        ) from error
 
 
 def _try_image(base: Path, index: Index) -> None:
@@ -178,21 +207,10 @@ def _commit(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         with open(temporary, "w+b") as out:
             write(out)
-            out.flush()
-            os.fsync(out.fileno())
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _sync_names(directory: Path) -> None:
-    """What is renamed later is never seen without what was renamed before."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _is_dir(root: Node, name: bytes) -> bool:
@@ -245,17 +263,21 @@ def resolve(tree: Tree, path: bytes) -> Node | None:
 def _probes(index: Index) -> list[dict[str, object]]:
     """One file for each layer, to compare what EROFS shows with what the layer holds; programs' loaders come first,
     since a container reads them anyway."""
-    best: dict[int, tuple[int, str, int, int]] = {}
-    for path, node in index.tree.walk():
-        if not node.extents or not stat.S_ISREG(node.mode) or node.extents[0].logical:
-            continue
-        extent = node.extents[0]
-        base = path.rpartition(b"/")[2]
-        rank = 0 if base.startswith((b"ld-linux", b"ld-musl", b"ld.so")) else 1 if base == b"busybox" else 2
-        candidate = (rank, os.fsdecode(path), extent.offset, min(extent.length, 4096))
-        if extent.layer not in best or candidate[0] < best[extent.layer][0]:
-            best[extent.layer] = candidate
+    best: dict[int, tuple[int, bytes, int, int]] = {}
+    directories = [(b"", index.tree.root)]
+    while directories:
+        base, parent = directories.pop()
+        for name, node in (parent.children or {}).items():
+            if node.children is not None:
+                directories.append((base + b"/" + name, node))
+                continue
+            if not node.extents or node.extents[0].logical:
+                continue
+            extent = node.extents[0]
+            rank = 0 if name.startswith((b"ld-linux", b"ld-musl", b"ld.so")) else 1 if name == b"busybox" else 2
+            if extent.layer not in best or rank < best[extent.layer][0]:
+                best[extent.layer] = (rank, base + b"/" + name, extent.offset, min(extent.length, 4096))
     return [
-        {"layer": layer, "rank": rank, "path": path, "offset": offset, "length": length}
+        {"layer": layer, "rank": rank, "path": os.fsdecode(path), "offset": offset, "length": length}
         for layer, (rank, path, offset, length) in sorted(best.items())
     ]

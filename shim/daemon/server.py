@@ -137,6 +137,7 @@ class Daemon:
                     "report": self._starts.report,
                     "status": self._status,
                     "distrust": self._distrust,
+                    "profile": self._profile,
                     "ping": lambda *_: {"pid": os.getpid()},
                 },
                 *passed.get("control", [])[:1],
@@ -275,6 +276,9 @@ class Daemon:
             "registries": self._layers.traffic(),
             "waiting": self._waiting(known, with_files=bool(request.get("files"))),
         }
+
+    def _profile(self, _session: Session, request: dict[str, Any], _fds: list[int]) -> Answer:
+        return {"spans": self._trees.profile(str(request.get("index")).removeprefix("sha256:"))}
 
     def _waiting(self, known: dict[bytes, who.Container], *, with_files: bool) -> list[Answer]:
         """The reads that wait, oldest first. with_files: the first ones' files too, which costs a job."""

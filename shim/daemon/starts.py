@@ -12,7 +12,8 @@ from typing import Any
 from shim import log
 from shim.counters import Histogram
 from shim.daemon.control import Answer, Session
-from shim.daemon.layers import Layers, Traffic
+from shim.daemon.layers import Layers
+from shim.daemon.served import Traffic
 from shim.daemon.trace import Trace
 from shim.errors import DaemonError
 

@@ -18,6 +18,8 @@ from shim.daemon import indexfile, jobs, mounter, prepare
 from shim.daemon.layers import Layers
 from shim.daemon.overlays import overlays
 from shim.daemon.portable import PortableTree
+from shim.daemon.profile import Profile
+from shim.daemon.startprofiles import StartProfiles
 from shim.errors import CacheError, DaemonError, IndexFormatError, ShimError
 from shim.mount import mountinfo
 from shim.settings import Settings
@@ -89,6 +91,7 @@ class Trees:
         self._tier: tuple[str, str] | None = None
         self._tier_lock = threading.Lock()
         self._state = settings.state_dir / "trees"
+        self._profiles = StartProfiles(layers, self._state, enabled=settings["fetch.profile"])
         self._run = settings.run_dir / "trees"
         for directory in (self._state, self._run):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -226,16 +229,36 @@ class Trees:
             fresh = indexfile.keep(fd, tree.hex, directory)
             meta = None if fresh else prepare.read_meta(directory)
             try:
-                if meta is None:
-                    log.info("preparing a tree", index=tree.hex)
-                    meta = jobs.run(_left(end), prepare.prepare_tree, str(directory), tier != "fuse")
-                self._layers.add(tree.hex, meta, directory)
+                if meta is not None:
+                    self._serve_layers(tree, meta, directory)
+                    return meta
+                log.info("preparing a tree", index=tree.hex)
+                prepare.begin(directory)
+                shape = jobs.Started(_left(end), prepare.prepare_tree, str(directory), tier != "fuse")
+                try:
+                    meta = jobs.run(_left(end), prepare.prepare_layers, str(directory))
+                    self._serve_layers(tree, meta, directory)
+                finally:
+                    shape.wait()
+                meta |= shape.result()
+                prepare.finish(directory, meta)
                 return meta
             except (IndexFormatError, CacheError) as error:
+                self._layers.discard(tree.hex)
                 shutil.rmtree(directory, ignore_errors=True)
                 if fresh:
                     raise
                 log.warning("what was kept of an index is damaged; making it again", index=tree.hex, error=str(error))
+
+    def _serve_layers(self, tree: ImageTree, meta: dict[str, Any], directory: Path) -> None:
+        self._layers.add(tree.hex, meta, directory)
+        self._profiles.begin(tree.hex, meta)
+
+    def profile(self, hex_: str) -> Profile:
+        """The start profile of an index, () if none is known."""
+        with self._lock:
+            tree = self._trees.get(hex_)
+        return self._profiles.current(hex_, tree.meta if tree is not None and tree.mounted is not None else None)
 
     def _mount_erofs(
         self, directory: Path, meta: dict[str, Any], names: list[str], target: str, tier: str, deadline: float
@@ -275,6 +298,7 @@ class Trees:
                     tree.lock.release()
         self._leaving = [portable for portable in self._leaving if not portable.has_ended()]
         self._layers.sweep()
+        self._profiles.end()
 
     def _unmount(self, tree: ImageTree) -> None:
         """tree.lock is held."""
@@ -303,6 +327,7 @@ class Trees:
         with self._lock:
             self._closing = True
             trees = list(self._trees.values())
+        self._profiles.end(everything=True)
         used = self._users()
         for tree in trees:
             if tree.hex in used or not tree.lock.acquire(timeout=_CLOSE_SECONDS):

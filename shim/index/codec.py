@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shim.errors import IndexFormatError
-from shim.index import container, spancodec, treecodec
+from shim.index import container, profile, spancodec, treecodec
 from shim.index.container import Container
 from shim.index.model import Compression, Index, Layer, Node, Restart, SpanTable, Tree
 from shim.index.sparse import SparseWindows
@@ -30,12 +30,14 @@ CONFIG = b"CONF"
 TREE = b"TREE"
 SPANS = b"SPAN"
 WINDOWS = b"WIND"
+PROFILE = b"PROF"  # the one that is optional: absent without a start profile
 LIMITS = {
     META: 1 << 20,
     CONFIG: MAX_CONFIG,
     TREE: treecodec.MAX_RAW,
     SPANS: spancodec.MAX_SPAN_RAW,
     WINDOWS: spancodec.MAX_WINDOW_RAW,
+    PROFILE: profile.MAX_RAW,
 }
 _LAYER_KEYS = ("digest", "diff_id", "media_type", "size", "uncompressed_size", "compression")
 
@@ -52,7 +54,8 @@ def encode(index: Index) -> bytes:
 
     Raises IndexFormatError if `index` is not valid, or larger than the format allows.
     """
-    return container.pack([(tag, container.MANDATORY, raw) for tag, raw in raw_sections(index).items()])
+    flags = {PROFILE: 0}
+    return container.pack([(tag, flags.get(tag, container.MANDATORY), raw) for tag, raw in raw_sections(index).items()])
 
 
 def raw_sections(index: Index) -> dict[bytes, bytes]:
@@ -66,6 +69,8 @@ def raw_sections(index: Index) -> dict[bytes, bytes]:
         SPANS: spancodec.encode_spans(index.layers),
         WINDOWS: spancodec.encode_windows(index.layers),
     }
+    if index.profile:
+        sections[PROFILE] = profile.encode(index.profile)
     for tag, raw in sections.items():
         if len(raw) > LIMITS[tag]:
             raise IndexFormatError(f"the image is too large: section {tag.decode()} would take {len(raw)} bytes")
@@ -74,7 +79,7 @@ def raw_sections(index: Index) -> dict[bytes, bytes]:
 
 def decode(data: Data, *, tree: bool = True, spans: bool = True) -> Index:
     """The index in a file's bytes. What is switched off is neither read nor checked, and comes out empty: `tree` as a
-    bare root directory, `spans` as tables without spans.
+    bare root directory, `spans` as tables without spans (and no start profile).
 
     Raises IndexFormatError: not an index, damaged, hostile, or of a version this one does not know.
     """
@@ -277,6 +282,9 @@ def _read_spans(box: Container, index: Index, meta: dict[str, Any]) -> None:
         validate_spans(layer, number)
     if sum(map(_restarts, index.layers)) != meta["seek_points"]:
         raise IndexFormatError("section META gives another number of seek points than the span tables")
+    if PROFILE in box.sections:
+        index.profile = profile.decode(box.read(PROFILE, LIMITS[PROFILE]))
+        profile.check(index.profile, [table.count for table in tables])
 
 
 def _read_tree(box: Container, index: Index, meta: dict[str, Any]) -> Tree:

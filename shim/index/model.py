@@ -235,3 +235,5 @@ class Index:
     layers: list[Layer]
     tree: Tree
     checkpoint_mib: int = 2
+    profile: tuple[tuple[int, int], ...] = ()
+    """The start profile: (layer, span) of what a container's start read, in the order of the first reads."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from shim.errors import IndexFormatError
+from shim.index import profile
 from shim.index.model import WINDOW_SIZE, Compression, Index, Layer, Node, Restart, SpanTable, Tree
 from shim.index.sparse import SparseWindows
 
@@ -58,6 +59,7 @@ def validate_index(index: Index) -> None:
     for number, layer in enumerate(index.layers):
         validate_spans(layer, number)
     validate_tree(index.tree, [layer.uncompressed_size for layer in index.layers])
+    profile.check(index.profile, [layer.spans.count for layer in index.layers])
 
 
 def validate_head(index: Index) -> None:

@@ -127,6 +127,13 @@ def sample() -> Index:
     return Index(image, digest("manifest"), "linux/arm64/v8", config, sample_layers(), sample_tree())
 
 
+def profiled() -> Index:
+    """The sample with a start profile, spans of two layers in no order."""
+    index = sample()
+    index.profile = ((0, 2), (1, 0), (0, 0), (0, 3), (0, 1))
+    return index
+
+
 def smallest() -> Index:
     """No layers at all (a `FROM scratch` image)."""
     tree = Tree(directory())
@@ -169,7 +176,8 @@ def dump(index: Index) -> dict[str, Any]:
         ends = [table.ustart(table.count), table.cstart(table.count)]
         layers.append({**row, "compression": layer.compression.name, "spans": rows, "ends": ends})
     head = {key: getattr(index, key) for key in ("image", "digest", "platform", "checkpoint_mib")}
-    return {**head, "config": index.config.hex(), "layers": layers, "tree": entries}
+    profile = {"profile": [list(item) for item in index.profile]} if index.profile else {}
+    return {**head, **profile, "config": index.config.hex(), "layers": layers, "tree": entries}
 
 
 def _sum(data: bytes) -> str:
@@ -178,7 +186,8 @@ def _sum(data: bytes) -> str:
 
 def pack(sections: dict[bytes, bytes]) -> bytes:
     """A file of raw sections, all hashes right, nothing else checked."""
-    return container.pack([(tag, container.MANDATORY, raw) for tag, raw in sections.items()])
+    flags = {codec.PROFILE: 0}
+    return container.pack([(tag, flags.get(tag, container.MANDATORY), raw) for tag, raw in sections.items()])
 
 
 def good_files() -> dict[str, tuple[Index, bytes]]:
@@ -189,6 +198,7 @@ def good_files() -> dict[str, tuple[Index, bytes]]:
     return {
         "sample": (index, data),
         "scratch": (smallest(), codec.encode(smallest())),
+        "start-profile": (profiled(), codec.encode(profiled())),
         "behind-go": (copy.copy(index), container.GO_MAGIC + b"\1" + bytes(range(90)) + data),
         "optional-section": (index, container.pack([(b"note", 0, b"skip me"), *sections])),
     }

@@ -103,7 +103,7 @@ def _rewrite(data: bytes, tag: bytes, stored: bytes, raw_length: int, method: in
 
 def bad_files() -> dict[str, tuple[bytes, str]]:
     """name → (bytes, what the error must say)."""
-    return {**_bad_outside(), **_bad_meta(), **_bad_tree(), **_bad_spans()}
+    return {**_bad_outside(), **_bad_meta(), **_bad_tree(), **_bad_spans(), **_bad_profiles()}
 
 
 def _bad_outside() -> dict[str, tuple[bytes, str]]:
@@ -228,6 +228,22 @@ def _bad_spans() -> dict[str, tuple[bytes, str]]:
         "window-gap": (replace_column(codec.WINDOWS, 1, lambda c: columns.pack([32768]) + c[1:]), "past its window"),
         "window-bytes": (replace_column(codec.WINDOWS, 3, lambda c: c[:-1]), "differ in length"),
         "window-runs": (replace_column(codec.WINDOWS, 0, lambda _: columns.pack([1 << 40, 0, 0])), "not one for each"),
+    }
+
+
+def _profile(*columns_: list[int]) -> bytes:
+    """The sample with a start profile of these columns, unchecked."""
+    return pack({**codec.raw_sections(sample()), codec.PROFILE: columns.join([columns.pack(c) for c in columns_])})
+
+
+def _bad_profiles() -> dict[str, tuple[bytes, str]]:
+    return {
+        "profile-layer": (_profile([4], [0]), "not there"),
+        "profile-span": (_profile([0], [2 << 20]), "not there"),
+        "profile-before": (_profile([0], [1]), "not there"),
+        "profile-twice": (_profile([0, 0], [2, 0]), "spans twice"),
+        "profile-columns": (_profile([0, 0], [2]), "differ in length"),
+        "profile-long": (_profile([0] * 65_537, [2] * 65_537), "more numbers"),
     }
 
 
