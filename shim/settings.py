@@ -42,6 +42,14 @@ def _deadline(value: object) -> float:
     return seconds
 
 
+def _share(value: object) -> float:
+    match = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]+)?)\s*%", str(value).strip())
+    number = float(match[1]) if match else 0.0 if str(value).strip() in ("0", "0.0") else 100.0
+    if number >= 100:
+        raise ValueError("a share below 100 %, such as 20%, or 0")
+    return number / 100
+
+
 def _bool(value: object) -> bool:
     text = str(value).strip().lower()
     if text in ("true", "yes", "on", "1"):
@@ -161,6 +169,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "fetch.profile", _bool, True, "fetch ahead what an image's first start read; record it where none is known"
     ),
+    Setting("cache.max_bytes", _size, "0", "what layers and trees may take on disk together; 0: no limit"),
+    Setting("cache.max_age", _seconds, "30d", "what nobody has used for so long is deleted; 0: never"),
+    Setting("cache.free_low", _share, "20%", "free space below which the cleaner works (kubelet evicts pods at 15%)"),
+    Setting("cache.free_high", _share, "25%", "and how much it then makes free"),
     Setting("reference.annotation", _bool, True, "accept the annotation io.clip.index"),
     Setting("reference.bundle", _bool, True, "accept index.clip in the bundle directory"),
     Setting("reference.marker", _bool, True, "accept /.clip/index.clip in the rootfs' lower layers"),

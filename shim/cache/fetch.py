@@ -319,7 +319,7 @@ class LazyLayer:
             volatile = not kept or self.cached.states[span] == states.IN_MEMORY  # may be pushed out before it is read
             for waiter in waiters:
                 waiter.missing.discard(span)
-                if volatile:
+                if volatile or waiter.tries:  # the cleaner took it away once: not again
                     low = self._spans.ustart(span)
                     waiter.pieces[span] = data[max(0, waiter.offset - low) : waiter.offset + waiter.size - low]
                 if not waiter.missing:

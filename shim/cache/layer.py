@@ -274,14 +274,10 @@ class CachedLayer:
                 (self.path / "bitmap").unlink(missing_ok=True)
             fault("drop.cleared")
             self._set_dirty()
-            freed = 0
-            for first, stop in contiguous(dropped):
-                start, end = self._starts[first], self.spans.ustart(stop)
-                if stop == self.count:
-                    end = self.size
-                punch(self.data_fd, start, end - start)
-                freed += end - start
-            return freed
+            for first, stop in contiguous([i for i in range(self.count) if self.states[i] == ABSENT]):
+                start, end = self._starts[first], self.spans.ustart(stop)  # also what a drop that was killed left
+                punch(self.data_fd, start, (self.size if stop == self.count else end) - start)
+            return sum(self.span_length(span) for span in dropped)
 
     def _clear(self, spans: Iterable[int]) -> list[int]:
         cleared = [span for span in spans if self.states[span] != ABSENT]

@@ -6,15 +6,15 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shim import log
-from shim.cache import bitmap
+from shim.cache import bitmap, discard
 from shim.cache.layer import CachedLayer
 from shim.cache.memory import MemorySpans
 from shim.errors import CacheError
@@ -67,10 +67,42 @@ def entries(root: Path) -> list[Entry]:
     return found
 
 
+def take_lock(root: Path) -> int:
+    """The cache's own lock: a descriptor that holds it. Raises CacheError: somebody has it, or there can be none."""
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise CacheError(
+            f"cannot use the cache directory {root}: {error.strerror}", hint="see `state_dir` in the config"
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise CacheError(
+            f"another daemon uses the cache {root}", hint="see `clip-shim status`; stop that one first"
+        ) from None
+    return fd
+
+
+@contextmanager
+def cleaners_turn(root: Path) -> Iterator[None]:
+    """Taken by a cleaner before the cache's own lock, and by a daemon that finds that taken: so it waits for a cleaner,
+    which is done soon, and for nobody else."""
+    fd = os.open(root / "clean.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 class LayerCache:
     """STATE/cache, held by one daemon.
 
         STATE/cache/lock     exclusive flock for as long as the daemon lives; the kernel frees it when it dies
+        STATE/cache/clean.lock   see `cleaners_turn`
         STATE/cache/<name>/  see CachedLayer
 
     Threads: any may call any method. One of its own flushes dirty layers FLUSH_SECONDS after the first change.
@@ -128,11 +160,12 @@ class LayerCache:
         """Delete a layer from disk; False, and nothing done, while it is open. Raises CacheError on a bad name."""
         if not _NAME.fullmatch(name):
             raise CacheError(f"{name!r} is no cached layer")
-        with self._lock:
+        with self._lock:  # which `layer` has too: who opens it meanwhile gets an empty one
             if name in self._layers:
                 return False
-            shutil.rmtree(self.root / name, ignore_errors=True)
-            return True
+            aside = discard.set_aside(self.root / name)
+        discard.delete(aside)
+        return True
 
     def distrust(self, name: str, spans: list[int]) -> int:
         """Spans of a layer are said to be wrong on disk (`clip-shim cache verify`): hash them again if the layer is
@@ -186,20 +219,12 @@ class LayerCache:
 
     def _take(self) -> int:
         try:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise CacheError(
-                f"cannot use the cache directory {self.root}: {error.strerror}", hint="see `state_dir` in the config"
-            ) from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(fd)
-            raise CacheError(
-                f"another daemon uses the cache {self.root}", hint="see `clip-shim status`; stop that one first"
-            ) from None
-        return fd
+            return take_lock(self.root)
+        except CacheError:
+            if not (self.root / "lock").exists():
+                raise
+        with cleaners_turn(self.root):  # a cleaner that works without a daemon has it for a moment
+            return take_lock(self.root)
 
     def _flush_loop(self) -> None:
         while not self._closed.is_set():

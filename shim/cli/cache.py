@@ -1,4 +1,4 @@
-"""`clip-shim cache ls|verify`: each is a module of its own."""
+"""`clip-shim cache ls|verify|clean|pin|unpin`: each is a module of its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import importlib
 SUBVERBS: dict[str, str] = {
     "ls": "shim.cli.cache_ls",
     "verify": "shim.cli.cache_verify",
+    "clean": "shim.cli.cache_clean",
+    "pin": "shim.cli.cache_pin",
+    "unpin": "shim.cli.cache_unpin",
 }
 
 

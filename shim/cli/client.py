@@ -16,12 +16,19 @@ Answer = dict[str, Any]
 
 def ask(request: dict[str, object]) -> Answer:
     """One request to a daemon that is running; raises the daemon's error, or DaemonError when none runs."""
-    loaded = settings.load()
-    connection = client.try_connect(str(loaded.run_dir), time.monotonic() + 10)
-    if connection is None:
+    answer = ask_if_running(request)
+    if answer is None:
         raise DaemonError(
-            f"no daemon runs for {loaded.run_dir}", hint="the first container starts it, or `clip-shim daemon`"
+            f"no daemon runs for {settings.load().run_dir}", hint="the first container starts it, or `clip-shim daemon`"
         )
+    return answer
+
+
+def ask_if_running(request: dict[str, object]) -> Answer | None:
+    """The same; None when none runs."""
+    connection = client.try_connect(str(settings.load().run_dir), time.monotonic() + 10)
+    if connection is None:
+        return None
     with closing(connection):
         answer: Answer = _floats(connection.request(request))
         return answer

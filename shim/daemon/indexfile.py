@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
+from shim.cache import discard
 from shim.errors import CacheError, IndexFormatError
 from shim.index import container
 
@@ -84,7 +85,9 @@ def keep(fd: int, hex_: str, directory: Path) -> bool:
 
 
 def tidy(directory: Path) -> None:
-    """Remove what killed daemons and jobs left unfinished in STATE/trees. At start, when nobody works there."""
+    """Remove what killed daemons, jobs and cleaners left unfinished in STATE/trees. At start, when nobody works
+    there."""
+    discard.sweep(directory)
     for path in directory.iterdir():
         if path.name.startswith(".incoming-"):
             path.unlink(missing_ok=True)

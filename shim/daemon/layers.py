@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from shim import log
 from shim.cache.fetch import LazyLayer
 from shim.cache.pool import FetchPool
-from shim.cache.store import Entry, LayerCache, layer_name
+from shim.cache.store import LayerCache, layer_name
 from shim.cache.transfer import LayerStats
 from shim.daemon.profile import Recording
 from shim.daemon.served import ServedLayer, Source, Traffic
@@ -44,10 +44,10 @@ class Layers:
     the EROFS mount, which keeps the file) or a fetch is under way; `sweep` looks again. Only it takes layers away.
     """
 
-    def __init__(self, settings: Settings, server: BlobServer) -> None:
+    def __init__(self, settings: Settings, server: BlobServer, on_full: Callable[[], None] | None = None) -> None:
         self._settings = settings
         self._server = server
-        self._cache = LayerCache(settings.state_dir / "cache")
+        self._cache = LayerCache(settings.state_dir / "cache", on_full=on_full)
         self._pool = FetchPool(settings["fetch.threads"])
         hooks = Hooks()
         credentials = CredentialStore(hooks=hooks)
@@ -208,7 +208,8 @@ class Layers:
         gone = {}
         with self._lock:
             for name, served in list(self._served.items()):
-                if not served.users and not served.lazy.is_busy and self._take_away(served.lazy.node_id):
+                idle = not served.users and not served.holds and not served.lazy.is_busy
+                if idle and self._take_away(served.lazy.node_id):
                     gone[name] = self._served.pop(name)
                     self._pending.add(name)
         for name, served in gone.items():
@@ -311,13 +312,24 @@ class Layers:
     def served_count(self) -> int:
         return len(self._served)
 
-    def distrust(self, name: str, spans: list[int]) -> int:
-        """See LayerCache.distrust."""
-        return self._cache.distrust(name, spans)
-
-    def cache_entries(self) -> list[Entry]:
+    @property
+    def cache(self) -> LayerCache:
         """The layers on disk."""
-        return self._cache.entries()
+        return self._cache
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[ServedLayer | None]:
+        """A layer that is served, and stays so meanwhile; None if it is not."""
+        with self._lock:
+            served = self._served.get(name)
+            if served is not None:
+                served.holds += 1
+        try:
+            yield served
+        finally:
+            if served is not None:
+                with self._lock:
+                    served.holds -= 1
 
     def traffic(self) -> dict[str, Any]:
         """Requests and bytes from registries since the start, by host and kind."""

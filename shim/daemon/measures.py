@@ -78,7 +78,7 @@ class Measures:
 
     def _state(self) -> list[Sample]:
         trees = self.trees.status()
-        entries = self.layers.cache_entries()
+        entries = self.layers.cache.entries()
         disk = os.statvfs(self.state_dir)
         tier = str(trees[0]["tier"]) if trees else "none"
         return [

@@ -56,6 +56,7 @@ class ServedLayer:
     sources: list[Source] = field(default_factory=list)
     places: dict[str, int] = field(default_factory=dict)
     watched: WatchedBlob | None = None
+    holds: int = 0  # who keeps it from being taken away, see `Layers.held`
     recordings: dict[str, tuple[Recording, int]] = field(default_factory=dict)
 
     def record(self, tree: str, recording: tuple[Recording, int] | None) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from shim import __version__, log
 from shim.daemon import jobs, mounter, notify, who
+from shim.daemon.cleaner import Cleaner
 from shim.daemon.control import Answer, ControlServer, Session
 from shim.daemon.failures import FailureLog
 from shim.daemon.layers import Layers
@@ -126,8 +127,10 @@ class Daemon:
                 on_failure=self._failures.add,
                 on_unmounted=lambda: os.eventfd_write(self.broken, 1),
             )
-            self._layers = Layers(settings, self._server)
+            self._full = threading.Event()  # the cleaner is wanted at once
+            self._layers = Layers(settings, self._server, self._full.set)
             self._trees = Trees(settings, self._layers, self._blobs_dir)
+            self._cleaner = Cleaner(settings, self._layers, self._trees)
             self._starts = Starts(self._layers, settings["report.seconds"])
             self._control = ControlServer(
                 run / "control.sock",
@@ -138,6 +141,7 @@ class Daemon:
                     "status": self._status,
                     "distrust": self._distrust,
                     "profile": self._profile,
+                    "clean": self._cleaner.asked,
                     "ping": lambda *_: {"pid": os.getpid()},
                 },
                 *passed.get("control", [])[:1],
@@ -170,6 +174,7 @@ class Daemon:
         self._failures.start()
         Watchdog(self._blobs_dir, self._stopping).start()
         threads = {"accept": self._control.serve, "warm": self._warm, "housekeeping": self._housekeeping}
+        threads["cleaner"] = lambda: self._cleaner.loop(self._full, self._stopping)
         for name, target in threads.items():
             threading.Thread(target=target, name=name, daemon=True).start()
 
@@ -207,6 +212,7 @@ class Daemon:
     def stop(self) -> None:
         """Unmount what nobody uses and end. What is in use stays mounted; its uncached reads fail until a start."""
         self._stopping.set()
+        self._full.set()
         self._control.close()
         if self._metrics is not None:
             self._metrics.close()
@@ -253,7 +259,7 @@ class Daemon:
         spans = request.get("spans")
         if not isinstance(spans, list) or not all(type(span) is int for span in spans):
             raise DaemonError("`spans` must be a list of numbers")
-        return {"refetched": self._layers.distrust(str(request.get("layer")), spans)}
+        return {"refetched": self._layers.cache.distrust(str(request.get("layer")), spans)}
 
     def _status(self, _session: Session, request: dict[str, Any], _fds: list[int]) -> Answer:
         try:

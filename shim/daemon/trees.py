@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shim import log
+from shim.cache import discard
 from shim.daemon import indexfile, jobs, mounter, prepare
+from shim.daemon.imagetree import ImageTree, Lease
 from shim.daemon.layers import Layers
-from shim.daemon.overlays import overlays
+from shim.daemon.overlays import is_used, overlays, tree_users
 from shim.daemon.portable import PortableTree
 from shim.daemon.profile import Profile
 from shim.daemon.startprofiles import StartProfiles
@@ -27,40 +26,6 @@ from shim.settings import Settings
 _SHARE = 0.9  # of `mount_deadline`
 _UNMOUNT_SECONDS = 10.0
 _CLOSE_SECONDS = 2.0  # how long stopping waits for a tree that is being mounted
-
-
-@dataclass(slots=True)
-class ImageTree:
-    """One image. `lock` is held while it is prepared, mounted or unmounted; `leases` counts control connections.
-
-    unsure: an unmount failed, so something may still be at its path. failed: the last attempt to mount it, if that
-    failed: when it began (monotonic), and why.
-    """
-
-    hex: str
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    meta: dict[str, Any] | None = None
-    mounted: str | None = None  # the tier, while it is mounted
-    unsure: bool = False
-    failed: tuple[float, ShimError] | None = None
-    leases: int = 0
-    last_used: float = 0.0
-    portable: PortableTree | None = None
-    device: str = ""  # major:minor while it is mounted: what a wrapper must see at its path
-
-    @property
-    def image(self) -> str:
-        return str(self.meta["image"]) if self.meta is not None else ""
-
-
-@dataclass(slots=True)
-class Lease:
-    """While a lease is open its tree stays mounted. Closing it twice is harmless."""
-
-    tree: ImageTree
-    answer: dict[str, Any]
-    blobs: list[str]  # its layers' files
-    release: Callable[[], None]
 
 
 class Trees:
@@ -289,7 +254,7 @@ class Trees:
             for tree in idle:
                 if tree.mounted is None and not tree.unsure and not tree.lock.locked():
                     del self._trees[tree.hex]
-        used = self._users()  # after the leases: an overlay is there before its lease goes
+        used = self.users()  # after the leases: an overlay is there before its lease goes
         for tree in idle:
             if tree.hex not in used and tree.lock.acquire(blocking=False):
                 try:
@@ -322,13 +287,39 @@ class Trees:
             tree.unsure = False
         return not tree.unsure
 
+    def remove(self, hex_: str) -> bool:
+        """Delete what is kept of a tree, unless somebody uses it (False). An acquire meanwhile waits, and makes it
+        anew."""
+        with self._lock:
+            tree = self._trees.setdefault(hex_, ImageTree(hex_))
+            if tree.leases or tree.mounted is not None or tree.unsure or not tree.lock.acquire(blocking=False):
+                return False
+        try:
+            if is_used(self._state / hex_, self.users()):
+                return False
+            aside = discard.set_aside(self._state / hex_)
+        finally:
+            tree.lock.release()
+        discard.delete(aside)
+        return True
+
+    def in_use(self) -> dict[str, dict[str, Any]]:
+        """Hex → meta of the trees that a container, or somebody else, has a mount of or is about to."""
+        users = self.users()
+        with self._lock:
+            return {
+                tree.hex: tree.meta
+                for tree in self._trees.values()
+                if tree.meta is not None and (tree.leases or (tree.mounted is not None and tree.hex in users))
+            }
+
     def close(self) -> bool:
         """Give no more leases and unmount every tree that nobody uses; True if none is left mounted."""
         with self._lock:
             self._closing = True
             trees = list(self._trees.values())
         self._profiles.end(everything=True)
-        used = self._users()
+        used = self.users()
         for tree in trees:
             if tree.hex in used or not tree.lock.acquire(timeout=_CLOSE_SECONDS):
                 continue
@@ -342,21 +333,11 @@ class Trees:
         """Whether anybody uses any tree."""
         with self._lock:
             leases = any(tree.leases for tree in self._trees.values())
-        return leases or bool(self._users())
+        return leases or bool(self.users())
 
-    def _users(self) -> set[str]:
+    def users(self) -> set[str]:
         """Hexes of the trees that somebody has a mount of, as this mount namespace sees it: an overlay, a clone."""
-        entries = mountinfo.read()
-        trees = os.fsencode(self._run) + b"/"
-        devices = {
-            entry.dev: entry.mount_point[len(trees) :] for entry in entries if entry.mount_point.startswith(trees)
-        }
-        users = {hex_ for hex_, _ in overlays(entries)}
-        for entry in entries:
-            name = devices.get(entry.dev)
-            if name is not None and not entry.mount_point.endswith(trees + name):  # nor a copy that was propagated
-                users.add(os.fsdecode(name))
-        return users
+        return tree_users(mountinfo.read(), self._run)
 
     def status(self) -> list[dict[str, Any]]:
         """The images that are mounted, as `status --json` shows them."""

@@ -1,0 +1,45 @@
+"""One image's tree as the daemon knows it, and a lease on it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from shim.daemon.portable import PortableTree
+from shim.errors import ShimError
+
+
+@dataclass(slots=True)
+class ImageTree:
+    """One image. `lock` is held while it is prepared, mounted or unmounted; `leases` counts control connections.
+
+    unsure: an unmount failed, so something may still be at its path. failed: the last attempt to mount it, if that
+    failed: when it began (monotonic), and why.
+    """
+
+    hex: str
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    meta: dict[str, Any] | None = None
+    mounted: str | None = None  # the tier, while it is mounted
+    unsure: bool = False
+    failed: tuple[float, ShimError] | None = None
+    leases: int = 0
+    last_used: float = 0.0
+    portable: PortableTree | None = None
+    device: str = ""  # major:minor while it is mounted: what a wrapper must see at its path
+
+    @property
+    def image(self) -> str:
+        return str(self.meta["image"]) if self.meta is not None else ""
+
+
+@dataclass(slots=True)
+class Lease:
+    """While a lease is open its tree stays mounted. Closing it twice is harmless."""
+
+    tree: ImageTree
+    answer: dict[str, Any]
+    blobs: list[str]  # its layers' files
+    release: Callable[[], None]
