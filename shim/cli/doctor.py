@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shim.doctor.node import Node
-    from shim.doctor.result import Result
+    from shim.doctor.result import Check, Result
 
 _MARKS = {"ok": ("✓", "32"), "skipped": ("-", "2"), "warning": ("!", "33"), "failed": ("✗", "31")}
 
@@ -23,6 +26,14 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     parser.add_argument("--check", action="append", default=[], metavar="NAME", help="only this check (repeatable)")
     parser.add_argument("--list", action="store_true", help="name the checks")
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="only: would this OCI bundle start, and if not why")
+    parser.add_argument("--fix", action="store_true", help="do what is safe to do, and look again")
+    parser.add_argument(
+        "--support",
+        type=Path,
+        metavar="FILE",
+        help="also write a bundle (.tar.gz, .zip) for whoever helps, without secrets",
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.set_defaults(run=run)
 
@@ -35,29 +46,51 @@ def run(args: argparse.Namespace) -> int:
         for check in checks.CHECKS:
             print(f"{check.name:{width}}  {check.help}")
         return 0
-    chosen = checks.select(args.check)
     node = _node()
+    chosen = [checks.bundle(args.bundle)] if args.bundle else checks.select(args.check)
     results: list[Result] = []
     for check in chosen:
-        for result in checks.run(check, node):
-            results.append(result)
-            if not args.json:
-                _print(result)
+        found = list(_run(check, node, quiet=args.json))
+        if args.fix and (mends := [result.mend for result in found if result.mend is not None]):
+            for mend in mends:
+                print(f"  mended: {mend()}", file=sys.stderr)
+            node.forget()
+            found = list(_run(check, node, quiet=args.json))
+        results += found
     if args.json:
         json.dump({"checks": [result.to_json() for result in results]}, sys.stdout, indent=2)
         print()
     else:
         _summary(results)
+    if args.support:
+        from shim.doctor import support
+
+        names = support.write(args.support, node, results)
+        print(f"{args.support}: {len(names)} files; look through them before you send it", file=sys.stderr)
     return checks.exit_code(results)
+
+
+def _run(check: Check, node: Node, *, quiet: bool) -> Iterator[Result]:
+    from shim.doctor import checks
+
+    for result in checks.run(check, node):
+        if not quiet:
+            _print(result)
+        yield result
 
 
 def _node() -> Node:
     from shim import settings
-    from shim.cli.runtime_path import ensure_launcher, runtime_path
+    from shim.cli.runtime_path import daemon_command, ensure_launcher, runtime_path
     from shim.doctor.node import Node
+    from shim.errors import ConfigError
 
-    loaded = settings.load()
-    return Node(loaded, runtime_path(), lambda: ensure_launcher(loaded))
+    problem = None
+    try:
+        loaded = settings.load()
+    except ConfigError as error:
+        problem, loaded = error, settings.load(env={"CLIP_SHIM_CONFIG": os.devnull})
+    return Node(loaded, runtime_path(), lambda: ensure_launcher(loaded), problem, daemon_command())
 
 
 def _print(result: Result) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
-from shim.doctor import daemon, kernel, storage
+from shim.doctor import bundle as bundles
+from shim.doctor import daemon, engines, installation, kernel, network, storage
 from shim.doctor.node import Node, why
 from shim.doctor.result import Check, Result, failed
 from shim.errors import ShimError, UsageError
 
 CHECKS: tuple[Check, ...] = (
     Check("root", kernel.root, "who runs this"),
+    Check("configuration", installation.configuration, "the configuration is valid and safe"),
+    Check("launcher", installation.launcher, "the file that engines run"),
+    Check("runtimes", installation.runtimes, "runc or crun, and their versions"),
     Check("fuse-device", kernel.fuse_device, "/dev/fuse can be opened"),
     Check("openat2", kernel.openat2, "the system call openat2"),
     Check("mount-api", kernel.mount_api, "fsopen, fsmount and move_mount"),
@@ -22,9 +27,27 @@ CHECKS: tuple[Check, ...] = (
     Check("lazy-tree", kernel.lazy_tree, "an overlay on a lazily loaded tree: exec, copy-up, xattrs"),
     Check("state-dir", storage.state_dir, "the file system of `state_dir`"),
     Check("space", storage.space, "free space and inodes below `state_dir`"),
+    Check("uppers", storage.uppers, "what containers write does not lie on memory"),
+    Check("stale-mounts", storage.stale_mounts, "no mount is left that nobody serves"),
+    Check("docker", engines.docker, "Docker has the runtime, and was reloaded"),
+    Check("containerd", engines.containerd, "containerd has the runtime, and was restarted"),
+    Check("podman", engines.podman, "podman has the runtime"),
+    Check("crio", engines.crio, "CRI-O has the runtime, and was reloaded"),
+    Check("mount-namespace", engines.namespaces, "engines see the daemon's mounts"),
     Check("daemon", daemon.answering, "the daemon answers"),
+    Check("supervisor", daemon.supervised, "somebody starts the daemon again, and keeps its mounts"),
+    Check("dns", network.names, "names of registries are found"),
+    Check("clock", network.clock, "the clock agrees with the registries'"),
+    Check("registry", network.reachable, "each registry: reachable, TLS, auth, ranges, redirects"),
+    Check("stores", network.stores, "each index store can be read and written"),
 )
+_OURSELVES = ", then run `clip-shim doctor`"  # what some errors' hints end with
 BY_NAME = {check.name: check for check in CHECKS}
+
+
+def bundle(directory: Path) -> Check:
+    """The check of one OCI bundle."""
+    return Check("bundle", bundles.check(directory), "whether a bundle would start")
 
 
 def select(names: list[str]) -> list[Check]:
@@ -42,7 +65,7 @@ def run(check: Check, node: Node) -> Iterator[Result]:
     """The results of one check. An error that it did not expect is a result too."""
     try:
         for result in check.run(node):
-            yield replace(result, check=check.name)
+            yield replace(result, check=check.name, fix=result.fix.replace(_OURSELVES, ""))
     except (ShimError, OSError) as error:
         fix = error.hint if isinstance(error, ShimError) and error.hint else "see the message"
         yield replace(failed(why(error), check.help, fix), check=check.name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 from shim import __version__
 from shim.doctor.node import Node
@@ -30,3 +32,68 @@ def answering(node: Node) -> Iterator[Result]:
         yield failed(f"{found}: {daemon['tier_reason']}", expected, "see the checks erofs and fuse-device")
     else:
         yield ok(found, expected)
+
+
+def supervised(node: Node) -> Iterator[Result]:
+    expected = "systemd or `clip-shim daemon --supervise` starts the daemon again, and keeps its descriptor"
+    pid = node.daemon_pid
+    if not pid:
+        yield skipped("no daemon runs", expected)
+        return
+    unit = _unit(pid)
+    if unit is not None:
+        yield from _systemd(unit, expected)
+        return
+    parent = _parent(pid)
+    if "--supervise" not in _words(parent):
+        yield warning(
+            f"nobody looks after the daemon (pid {pid})",
+            expected,
+            "end it: the next container starts one that is looked after; or `systemctl enable --now clip-shim`",
+        )
+    else:
+        yield ok(f"pid {parent} looks after the daemon (pid {pid})", expected)
+
+
+def _systemd(unit: str, expected: str) -> Iterator[Result]:
+    try:
+        done = subprocess.run(
+            ["/usr/bin/systemctl", "show", unit, "-p", "NFileDescriptorStore,FileDescriptorStoreMax,Restart"],
+            capture_output=True, text=True, timeout=10, check=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        shown = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    except (OSError, subprocess.SubprocessError) as error:
+        yield warning(f"systemd cannot be asked about {unit}: {error}", expected, f"see `systemctl status {unit}`")
+        return
+    fix = f"use the unit of the package: `systemctl revert {unit}`"
+    if shown.get("Restart") != "always":
+        yield warning(f"{unit} has Restart={shown.get('Restart')}", expected, fix)
+    elif shown.get("FileDescriptorStoreMax", "0") == "0":
+        yield failed(f"{unit} has no descriptor store", expected, fix)
+    else:
+        held = shown.get("NFileDescriptorStore", "0")
+        yield ok(f"{unit} is restarted by systemd, which holds {held} descriptors for it", expected)
+
+
+def _unit(pid: int) -> str | None:
+    """The systemd service that a process belongs to (cgroups(7))."""
+    try:
+        text = Path(f"/proc/{pid}/cgroup").read_text()
+    except OSError:
+        return None
+    names = [part for line in text.splitlines() for part in line.rpartition(":")[2].split("/")]
+    return next((name for name in names if name.startswith("clip-shim") and name.endswith(".service")), None)
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _words(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []

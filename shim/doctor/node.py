@@ -4,28 +4,54 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from shim.daemon.prepare import read_meta
 from shim.errors import DaemonError, ShimError
 from shim.registry.client import RegistryClient
+from shim.registry.ref import ImageRef
 from shim.runtime import client, jsontext
 from shim.settings import Settings
 
 _ANSWER_SECONDS = 5.0
+_IMAGES_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class KnownImage:
+    """An image, and the digests of its compressed layers."""
+
+    ref: ImageRef
+    layers: list[str]
 
 
 class Node:
-    """settings: as loaded; launcher: the file that engines run (it may be absent); write_launcher: makes it; bundle: a
-    directory to look at, or None. Not for several threads."""
+    """settings: as loaded, or the defaults if they could not be (`problem`); launcher: the file that engines run, if it
+    is there; write_launcher: makes it; daemon_command: starts `clip-shim`. Not for several threads."""
 
-    def __init__(self, settings: Settings, launcher: Path, write_launcher: Any, bundle: Path | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        launcher: Path,
+        write_launcher: Callable[[], object],
+        problem: ShimError | None = None,
+        daemon_command: Sequence[str] = (),
+    ) -> None:
         self.settings = settings
         self.launcher = launcher
-        self.write_launcher = write_launcher
-        self.bundle = bundle
+        self._write_launcher = write_launcher
+        self.problem = problem
+        self.daemon_command = list(daemon_command)
+        self.answers: list[Any] | None = None  # what registries said, see network.py
+
+    def make_launcher(self) -> str:
+        self._write_launcher()
+        return f"{self.launcher} was written"
 
     @property
     def work_dir(self) -> Path:
@@ -59,9 +85,30 @@ class Node:
         """Raises ConfigError."""
         return RegistryClient(self.settings["registries"], deadline=15, connect_timeout=5, read_timeout=10)
 
+    @cached_property
+    def images(self) -> list[KnownImage]:
+        """The images whose trees this node has, the newest first."""
+        found = []
+        base = self.settings.state_dir / "trees"
+        try:
+            names = sorted(base.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        except OSError:
+            return []
+        for directory in names[:_IMAGES_MAX]:
+            meta = read_meta(directory)
+            if meta is not None and meta["layers"]:
+                try:
+                    ref = ImageRef.parse(meta["image"], local_paths=False)
+                except ShimError:
+                    continue
+                found.append(KnownImage(ref, [layer["digest"] for layer in meta["layers"]]))
+        return found
+
     def forget(self) -> None:
         """Look anew at what may have changed."""
-        self.__dict__.pop("status", None)
+        for name in ("status", "images"):
+            self.__dict__.pop(name, None)
+        self.answers = None
 
 
 def _plain(value: Any) -> Any:

@@ -6,12 +6,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from shim.daemon.mounter import clear_stale
 from shim.doctor.node import Node
 from shim.doctor.result import Result, failed, ok, warning
-from shim.mount import mountinfo
+from shim.errors import ShimError
+from shim.install import docker, running
+from shim.mount import mountinfo, overlay
 
 _MEMORY = ("tmpfs", "ramfs")
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "fuse.sshfs")
+_ENGINE_ROOTS = ("/var/lib/docker", "/var/lib/containerd", "/var/lib/containers/storage")
+_SHOWN = 5
 _LEAST = 1 << 30  # bytes
 _LEAST_PERCENT = 15  # kubelet's own threshold for imagefs.available
 _LEAST_INODES = 10_000
@@ -96,3 +101,78 @@ def space(node: Node) -> Iterator[Result]:
             yield warning(inodes, f"at least {_LEAST_INODES} inodes", fix)
         else:
             yield ok(inodes, f"at least {_LEAST_INODES} inodes")
+
+
+def uppers(node: Node) -> Iterator[Result]:
+    """What a container writes: an engine's upper on tmpfs fills memory, and the daemon's own must be on a disk."""
+    expected = "uppers lie on a disk"
+    on_memory = []
+    for entry in mountinfo.read():
+        if entry.fs_type == b"overlay" and entry.source.startswith(overlay.OURS):
+            options = dict(mountinfo.split_options(entry.super_options))
+            upper = Path(os.fsdecode(mountinfo.unescape_path(options.get(b"upperdir") or b"")))
+            if upper.is_dir() and fs_type(upper) in _MEMORY:
+                on_memory.append(os.fsdecode(entry.mount_point))
+    if on_memory:
+        yield warning(
+            f"{len(on_memory)} containers write to memory: {_few(on_memory)}",
+            expected,
+            "move the engine's data directory to a disk (Docker: `data-root`, containerd: `root`, podman: `graphroot`)",
+        )
+    roots = [Path(path) for path in _ENGINE_ROOTS]
+    for process in running.find("dockerd"):
+        try:
+            roots.append(Path(running.get_json(docker.socket_of(process), "info")["DockerRootDir"]))
+        except (ShimError, KeyError, TypeError):
+            continue
+    there = [path for path in dict.fromkeys([*roots, node.settings.state_dir]) if path.is_dir()]
+    bad = [path for path in there if fs_type(path) in _MEMORY]
+    for path in bad:
+        yield warning(f"{path} is on {fs_type(path)}: what containers write takes memory", expected, "use a disk")
+    if not bad and not on_memory:
+        yield ok(f"{_few([str(path) for path in there]) or 'no engine has a directory yet'}", expected)
+
+
+def stale_mounts(node: Node) -> Iterator[Result]:
+    """A daemon that died leaves its mounts to its successor. With no daemon they are in nobody's hands."""
+    run = os.fsencode(os.path.realpath(node.settings.run_dir)) + b"/"
+    entries = mountinfo.read()
+    ours = [
+        os.fsdecode(entry.mount_point)
+        for entry in entries
+        if entry.mount_point == run + b"blobs" or entry.mount_point.startswith(run + b"trees/")
+    ]
+    containers = [entry for entry in entries if entry.source.startswith(overlay.OURS) and _has_lower(entry, run)]
+    expected = "what is mounted below RUN is served by a daemon"
+    if node.daemon_pid:
+        yield ok(f"{len(ours)} mounts, served by pid {node.daemon_pid}", expected)
+    elif containers:
+        yield failed(
+            f"{len(containers)} containers run on lazily loaded trees, and no daemon serves them: "
+            f"{_few([os.fsdecode(entry.mount_point) for entry in containers])}",
+            expected,
+            "start the daemon: `systemctl start clip-shim`, or any container with a reference does",
+        )
+    elif ours:
+        yield warning(
+            f"left by a daemon that is gone: {_few(ours)}",
+            expected,
+            "start a daemon, which clears them, or `clip-shim doctor --fix`",
+            lambda: "unmounted " + _few(clear_stale(str(node.settings.run_dir))),
+        )
+    else:
+        yield ok("nothing is left", expected)
+
+
+def _has_lower(entry: mountinfo.MountEntry, run: bytes) -> bool:
+    """Whether an overlay of ours stands on a tree of this RUN directory; one whose lowers cannot be told counts."""
+    try:
+        lowers = mountinfo.split_lowerdirs(entry.super_options)
+    except ValueError:
+        return True
+    return any(lower.startswith(run) or not lower.startswith(b"/") or lower == b"/" for lower in lowers)
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -99,6 +99,12 @@ def users(_: Path, runtime: Runtime) -> list[str] | None:
         return None
 
 
+def sources() -> list[Path]:
+    """The files that podman reads as root, a later one over an earlier one (containers.conf(5))."""
+    named = os.environ.get("CONTAINERS_CONF")
+    return [Path(named)] if named else [*_SOURCES, *(p for d in _DROP_INS for p in sorted(d.glob("*.conf")))]
+
+
 def _run(command: list[str]) -> str | None:
     try:
         done = subprocess.run(
@@ -111,10 +117,8 @@ def _run(command: list[str]) -> str | None:
 
 def _supporting(config: Path) -> list[str]:
     """`runtime_supports_json` as the files before `config` leave it."""
-    named = os.environ.get("CONTAINERS_CONF")
-    sources = [Path(named)] if named else [*_SOURCES, *(p for d in _DROP_INS for p in sorted(d.glob("*.conf")))]
     found = list(_SUPPORT_JSON)
-    for path in sources:
+    for path in sources():
         if path == config or (data := read(path)) is None:
             continue
         names: Any = TomlFile(path, data).get(*_JSON)

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,11 @@ def find(program: str) -> list[Process]:
 
 
 def started(pid: int) -> float:
-    """When a process was started, in seconds since the epoch (proc_pid_stat(5), field 22). OSError, ValueError."""
+    """When a process was started, in seconds since the epoch, to some hundredths (proc_pid_stat(5), field 22). OSError,
+    ValueError."""
     ticks = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
-    boot = next(line.split()[1] for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
-    return int(boot) + ticks / os.sysconf("SC_CLK_TCK")
+    up = float(Path("/proc/uptime").read_text().split()[0])  # not btime of /proc/stat, which has whole seconds
+    return time.time() - up + ticks / os.sysconf("SC_CLK_TCK")
 
 
 class _UnixConnection(http.client.HTTPConnection):

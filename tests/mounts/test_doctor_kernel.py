@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.host import CLIP_SHIM, ROOT, Host
+from tests.support.doctor import doctor as run_doctor
+from tests.support.host import Host
 
 OPENAT2, FSOPEN = 437, 430  # the same on every architecture
 
@@ -19,24 +18,10 @@ Doctor = Callable[..., dict[str, dict[str, Any]]]
 
 
 @pytest.fixture
-def doctor() -> Any:
+def doctor() -> Iterator[Doctor]:
     """Runs chosen checks on a host; `before` are shell commands run first, in a mount namespace of their own."""
     with Host() as host:
-
-        def call(*names: str, before: str = "true", prefix: str = "") -> dict[str, dict[str, Any]]:
-            words = " ".join(f"--check {name}" for name in names)
-            script = f"{before.replace('$BASE', str(host.base))} && {prefix} {CLIP_SHIM} doctor --json {words}"
-            done = subprocess.run(
-                ["unshare", "-m", "sh", "-c", script], cwd=ROOT, env=host.env, capture_output=True, text=True
-            )
-            assert done.stderr == ""
-            found = json.loads(done.stdout)["checks"]
-            assert [set(item) for item in found] == [{"check", "status", "found", "expected", "fix"}] * len(found)
-            worst = {item["status"] for item in found}
-            assert done.returncode == (2 if "failed" in worst else 1 if "warning" in worst else 0)
-            return {item["check"]: item for item in reversed(found)}  # the first of each check
-
-        yield call
+        yield lambda *names, **more: {name: items[0] for name, items in run_doctor(host, *names, **more).items()}
 
 
 def without(*numbers: int) -> str:
@@ -122,5 +107,5 @@ def test_kernel_without_resend(disk_path: Path, monkeypatch: pytest.MonkeyPatch)
     from shim.settings import load
 
     monkeypatch.setattr(proto, "HAS_RESEND", 0)
-    node = Node(load(env={}, flags={"state_dir": str(disk_path)}), disk_path, None)
+    node = Node(load(env={}, flags={"state_dir": str(disk_path)}), disk_path, lambda: None)
     assert [item.status for item in kernel.fuse_resend(node)] == ["warning"]
