@@ -99,6 +99,13 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(_text(item) for item in items if item != "")
 
 
+def _steps(value: object) -> tuple[str, ...]:
+    steps = _texts(value)
+    if not steps or len(set(steps)) != len(steps) or not set(steps) <= {"lazy", "archive", "eager"}:
+        raise ValueError("a list of lazy, archive and eager, each at most once")
+    return steps
+
+
 def _choice(*allowed: str) -> Callable[[object], str]:
     def parse(value: object) -> str:
         if value not in allowed:
@@ -162,7 +169,21 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("read_deadline", _deadline, "60s", "how long a read may wait for the registry before it gets EIO"),
     Setting("mount_deadline", _deadline, "30s", "how long a create may wait for its tree"),
-    Setting("image_deadline", _deadline, "10m", "how long a create may wait for the index of image://REF to be made"),
+    Setting(
+        "image_deadline",
+        _deadline,
+        "10m",
+        "how long a create may wait while image://REF is indexed, or an image is fetched whole",
+    ),
+    Setting(
+        "lazy_deadline", _deadline, "20s", "how long the step lazy of `fallback` may take when another one follows"
+    ),
+    Setting(
+        "fallback",
+        _steps,
+        ["lazy", "archive", "eager"],
+        "how a tree is made, tried in order: lazy; archive, a v1 archive of the image; eager, all layers fetched first",
+    ),
     Setting("tree_linger", _seconds, "5m", "how long a tree stays mounted after its last user"),
     Setting("fetch.threads", _threads, 8, "how many ranges are fetched at once"),
     Setting("fetch.readahead", _size, "8MiB", "how far sequential reads are fetched ahead, uncompressed bytes"),

@@ -86,6 +86,9 @@ def _tables(answer: dict[str, Any]) -> list[str]:
         *table(("IMAGE", "INDEX", "CONTAINERS", "LAYERS", "SIZE", "CACHED", "FETCHED"), rows, right="..rrrrr"),
         "",
     ]
+    for image in answer["images"]:
+        if image["reason"]:
+            lines += [f"{image['image']} was mounted by the step {image['step']} of `fallback`: {image['reason']}", ""]
     names = {image["index"]: image["image"] for image in answer["images"]}
     containers = [(c["id"] or "-", names.get(c["index"], c["index"][7:19]), c["rootfs"]) for c in answer["containers"]]
     lines += [*table(("CONTAINER", "IMAGE", "ROOTFS"), containers), ""]

@@ -18,7 +18,7 @@ from shim.index import codec
 from shim.registry.client import RegistryClient
 from shim.registry.ref import ImageRef
 from shim.settings import Settings
-from shim.stores.base import digest_name, name_of
+from shim.stores.base import archive_name, digest_name, name_of
 from shim.stores.directory import DirectoryStore
 from shim.stores.s3 import S3Store
 from shim.stores.transfer import Stores
@@ -69,6 +69,18 @@ class ImageIndexes:
             self._flights.once(f"find {name_of(image)}", lambda: self._bring(image))
             fd = self._here(image)
         return fd
+
+    def remake(self, image: ImageRef) -> int:
+        """An index of `image` made now, in the place of one that turned out to be wrong."""
+        self._flights.once(f"make {name_of(image)}", lambda: self._index(image))
+        fd = self._here(image)
+        if fd is None:
+            raise StoreError(f"the index of {image} is gone as soon as it was made")
+        return fd
+
+    def archive(self, image: ImageRef) -> int | None:
+        """A v1 archive of `image` that this node or a store has, or None."""
+        return self.local.open(archive_name(image))
 
     def _here(self, image: ImageRef) -> int | None:
         fd = self.local.open(name_of(image))
@@ -125,8 +137,12 @@ class ImageIndexes:
         if fd is not None:
             os.close(fd)
             return
+        self._index(image)
+
+    def _index(self, image: ImageRef) -> None:
+        """Make the index of `image`, keep it here, and give it to the stores that are written."""
         started = time.monotonic()
-        log.info("no store has the image's index: making it", image=str(image))
+        log.info("making the index of an image", image=str(image))
         with self.temporary() as path:
             jobs.run(self._settings["image_deadline"], indexjobs.index_image, self._settings, image, str(path))
             self._keep_here(image, path)

@@ -1,4 +1,4 @@
-"""One image's tree as the daemon knows it, and a lease on it."""
+"""One image's tree, and a lease on it: the values of trees.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 from shim.daemon.portable import PortableTree
 from shim.errors import ShimError
+
+Fill = Callable[[list[str], float], None]
+"""Has the blob files of these names in the cache by that time (monotonic)."""
 
 
 @dataclass(slots=True)
@@ -29,6 +32,7 @@ class ImageTree:
     last_used: float = 0.0
     portable: PortableTree | None = None
     device: str = ""  # major:minor while it is mounted: what a wrapper must see at its path
+    step: tuple[str, str] = ("lazy", "")  # of `fallback`, that mounted it, and why not the one before
 
     @property
     def image(self) -> str:

@@ -170,6 +170,11 @@ class Layers:
             return
         raise trouble
 
+    def served(self, name: str) -> ServedLayer | None:
+        """A layer, for who has a tree over it; its `sources` are not to be changed."""
+        with self._lock:
+            return self._served.get(name)
+
     def cached(self, name: str, offset: int, length: int) -> bool:
         """Whether a read would be answered without the registry."""
         with self._lock:

@@ -23,7 +23,16 @@ from shim.daemon import indexjobs, jobs
 from shim.daemon.flights import Flights
 from shim.daemon.imageindexes import Announce, ImageIndexes, image_of
 from shim.daemon.trust import Trust
-from shim.errors import AbsentError, DaemonError, IntegrityError, RegistryError, ShimError, StoreError, TrustError
+from shim.errors import (
+    AbsentError,
+    DaemonError,
+    IndexFormatError,
+    IntegrityError,
+    RegistryError,
+    ShimError,
+    StoreError,
+    TrustError,
+)
 from shim.index import container
 from shim.registry import platform as platforms
 from shim.registry.client import RegistryClient
@@ -52,7 +61,7 @@ class Resolver:
             settings["registries"], policy=RetryPolicy(attempts=3), deadline=settings["mount_deadline"] / 3
         )
         self._oci = OciStore(self._client)
-        self._indexes = ImageIndexes(settings, self._client)
+        self.indexes = ImageIndexes(settings, self._client)
         self._flights = Flights()
         self._urls = settings.state_dir / "indexes" / ".urls"
         self._tags = settings.state_dir / "indexes" / ".tags"
@@ -77,13 +86,29 @@ class Resolver:
             if own is not None:
                 os.close(own)
 
+    def image(self, source: str, value: str, fd: int | None) -> ImageRef | None:
+        """The image that a value is about, by its platform's manifest, also where its index cannot be used; None: that
+        is not known. Raises TrustError."""
+        try:
+            if value.startswith(_IMAGE):
+                found = self._pin(ImageRef.parse(value[len(_IMAGE) :], local_paths=False))
+            elif fd is not None:
+                found = image_of(fd)
+            else:
+                with self.open(source, value, None, lambda _: None) as opened:
+                    return image_of(opened)
+        except (IndexFormatError, RegistryError, StoreError):
+            return None
+        self._trust.check_registry(source, found)
+        return found
+
     def _remote(self, source: str, value: str, announce: Announce) -> int:
         if source == "env":
             return self._named(value)
         if value.startswith(_IMAGE):
             ref = ImageRef.parse(value[len(_IMAGE) :], local_paths=False)
             self._trust.check_registry(source, ref)
-            return self._indexes.get(self._pin(ref), announce)
+            return self.indexes.get(self._pin(ref), announce)
         if value.startswith(("s3://", "oci://")):
             place = urls.parse(value)
             if isinstance(place, OciPlace):
@@ -126,7 +151,7 @@ class Resolver:
         return os.open(kept, os.O_RDONLY | os.O_CLOEXEC)
 
     def _fetch(self, value: str, place: S3Place | OciPlace, kept: Path, known: str | None) -> None:
-        with self._indexes.temporary() as path:
+        with self.indexes.temporary() as path:
             try:
                 tag = self._pull(value, place, path, known)
             except (RegistryError, StoreError, DaemonError) as error:
@@ -155,9 +180,9 @@ class Resolver:
         elif "@" in value:
             image = ImageRef.parse(value, local_paths=False)
             self._trust.check_registry("env", image)
-            fd = self._indexes.find(image)
+            fd = self.indexes.find(image)
         else:
-            fd = self._indexes.by_name(value if value.endswith(".clip") else f"{value}.clip")
+            fd = self.indexes.by_name(value if value.endswith(".clip") else f"{value}.clip")
         if fd is None:
             raise AbsentError(
                 f"no store has the index {show(value)}",
@@ -166,7 +191,7 @@ class Resolver:
         return fd
 
     def _by_hash(self, digest: str) -> int | None:
-        fd = self._indexes.by_name(f"{digest.replace(':', '-')}.clip")
+        fd = self.indexes.by_name(f"{digest.replace(':', '-')}.clip")
         if fd is not None:
             with open(os.dup(fd), "rb") as file:
                 actual = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -20,8 +20,10 @@ from shim import __version__, log
 from shim.daemon import jobs, mounter, notify, who
 from shim.daemon.cleaner import Cleaner
 from shim.daemon.control import Answer, ControlServer, Session
+from shim.daemon.eager import Eager
 from shim.daemon.failures import FailureLog
 from shim.daemon.layers import Layers
+from shim.daemon.plan import Plan, Request
 from shim.daemon.resolve import Resolver, show
 from shim.daemon.starts import Starts
 from shim.daemon.trees import Trees
@@ -132,6 +134,7 @@ class Daemon:
             self._trees = Trees(settings, self._layers, self._blobs_dir)
             self._cleaner = Cleaner(settings, self._layers, self._trees)
             self._starts = Starts(self._layers, settings["report.seconds"])
+            self._plan = Plan(settings, self._resolver, self._trees, Eager(settings, self._layers))
             self._control = ControlServer(
                 run / "control.sock",
                 {
@@ -246,8 +249,7 @@ class Daemon:
             raise DaemonError(f"unknown source of a reference: {source[:40]!r}")
         begin = self._starts.asked(session)
         try:
-            with self._resolver.open(source, value, fds[0] if fds else None, session.announce) as fd:
-                lease = self._trees.acquire(fd)
+            lease = self._plan.acquire(Request(source, value, fds[0] if fds else None, session.announce))
         except IndexFormatError as error:
             raise IndexFormatError(f"{show(value)}: {error}", hint=error.hint) from error
         session.on_close.append(lease.release)

@@ -13,7 +13,7 @@ from typing import Any
 from shim import log
 from shim.cache import discard
 from shim.daemon import indexfile, jobs, mounter, prepare
-from shim.daemon.imagetree import ImageTree, Lease
+from shim.daemon.imagetree import Fill, ImageTree, Lease
 from shim.daemon.layers import Layers
 from shim.daemon.overlays import is_used, overlays, tree_users
 from shim.daemon.portable import PortableTree
@@ -75,8 +75,14 @@ class Trees:
                 log.info("tree tier chosen", tier=self._tier[0], reason=self._tier[1])
             return self._tier
 
-    def acquire(self, fd: int) -> Lease:
-        """A lease on the mounted tree of the index file open at `fd`. Raises ShimError; nothing is left half made."""
+    def acquire(
+        self, fd: int, *, seconds: float | None = None, fill: Fill | None = None, step: tuple[str, str] = ("lazy", "")
+    ) -> Lease:
+        """A lease on the mounted tree of the index file open at `fd`. Raises ShimError; nothing is left half made.
+
+        seconds: how long it may take, by default nine tenths of `mount_deadline`, and no longer unless there is a fill.
+        fill: brings the layers that are served into the cache before the mount. step: of `fallback`, and why.
+        """
         timings: dict[str, float] = {}
         started = time.monotonic()
         hex_ = indexfile.identify(fd, self._known)
@@ -87,7 +93,9 @@ class Trees:
             tree = self._trees.setdefault(hex_, ImageTree(hex_))
             tree.leases += 1
         try:
-            meta = self._ensure_mounted(tree, fd, started, timings)
+            usual = _SHARE * self._settings["mount_deadline"]
+            share = usual if seconds is None else seconds if fill is not None else min(seconds, usual)
+            meta = self._ensure_mounted(tree, fd, started, started + share, timings, fill, step)
         except BaseException:
             self._release(tree)
             raise
@@ -101,6 +109,7 @@ class Trees:
             "symlinks": meta["symlinks"],
             "dirs": meta["dirs"],
             "timings": timings,
+            "step": tree.step[0],
         }
         once = threading.Event()
 
@@ -116,9 +125,17 @@ class Trees:
             tree.leases -= 1
             tree.last_used = time.monotonic()
 
-    def _ensure_mounted(self, tree: ImageTree, fd: int, asked: float, timings: dict[str, float]) -> dict[str, Any]:
+    def _ensure_mounted(
+        self,
+        tree: ImageTree,
+        fd: int,
+        asked: float,
+        end: float,
+        timings: dict[str, float],
+        fill: Fill | None,
+        step: tuple[str, str],
+    ) -> dict[str, Any]:
         """The tree's meta, once it is mounted. The caller has a lease."""
-        end = asked + _SHARE * self._settings["mount_deadline"]
         if not tree.lock.acquire(timeout=max(0.0, end - time.monotonic())):
             raise DaemonError("the tree is still being mounted for another container", hint=jobs.SLOW)
         try:
@@ -130,7 +147,8 @@ class Trees:
                     raise copy.copy(tree.failed[1])
                 began = time.monotonic()
                 try:
-                    tree.meta = self._mount(tree, fd, end, timings)
+                    tree.meta = self._mount(tree, fd, end, timings, fill)
+                    tree.step = step
                 except ShimError as error:
                     tree.failed = (began, copy.copy(error))  # without its traceback, which holds what was open
                     raise
@@ -155,8 +173,10 @@ class Trees:
             tree.portable = None
         self._layers.discard(tree.hex)
 
-    def _mount(self, tree: ImageTree, fd: int, end: float, timings: dict[str, float]) -> dict[str, Any]:
-        """tree.lock is held: prepare, add the layers, mount."""
+    def _mount(
+        self, tree: ImageTree, fd: int, end: float, timings: dict[str, float], fill: Fill | None
+    ) -> dict[str, Any]:
+        """tree.lock is held: prepare, add the layers, fill them, mount."""
         directory = self._state / tree.hex
         target = str(self._run / tree.hex)
         started = time.monotonic()
@@ -171,6 +191,11 @@ class Trees:
         try:
             started = time.monotonic()
             names = [layer["blob"] for layer in meta["layers"]]
+            if fill is not None:
+                fill(names, end)
+                timings["fill"] = _ms(started)
+                started = time.monotonic()
+                end = max(end, started + _SHARE * self._settings["mount_deadline"])
             if tier == "fuse":
                 left = _left(end)
                 tree.portable = PortableTree.start(directory / "index.clip", self._blobs, names, target, left)
@@ -350,6 +375,8 @@ class Trees:
                     "index": f"sha256:{tree.hex}",
                     "tree": str(self._run / tree.hex),
                     "tier": tree.mounted,
+                    "step": tree.step[0],
+                    "reason": tree.step[1],
                     "leases": tree.leases,
                     "overlays": used[tree.hex],
                     "layers": [layer["diff_id"] for layer in tree.meta["layers"]],

@@ -37,6 +37,11 @@ def name_of(image: ImageRef) -> str:
     return f"{image.name}/{image.digest.replace(':', '-')}.clip"
 
 
+def archive_name(image: ImageRef) -> str:
+    """What the v1 archive of an image is called: as its index, with -archive behind the digest."""
+    return f"{name_of(image).removesuffix('.clip')}-archive.clip"
+
+
 def digest_name(file: Path) -> str:
     """What an index file is called by its own hash: sha256-HEX.clip."""
     with open(file, "rb") as opened:

@@ -67,6 +67,7 @@ class Host:
             "CLIP_SHIM_TRUST_PATHS": str(self.indexes),
             "CLIP_SHIM_CACHE_FREE_LOW": "0",  # however full this machine's disk is
             "CLIP_SHIM_TRUST_REGISTRIES": "*,127.0.0.1,localhost",
+            "CLIP_SHIM_FALLBACK": "lazy",  # what fails is to fail at once
             leaks.MARK: os.environ.get(leaks.MARK, self.base.name),
             **(settings or {}),
         }
