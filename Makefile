@@ -35,6 +35,10 @@ package-test: venv ## install, upgrade, remove and purge the packages in clean D
 		((!$${#missing[@]})) || DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$${missing[@]}"
 	@cd '$(HERE)' && exec '$(VENV)/bin/python' -m pytest -q tests/packages $(ARGS)
 
+.PHONY: boot-test
+boot-test: venv ## boot a Debian 13 with systemd and the package; kill, hang, restart and upgrade the service (root, ~3 minutes)
+	@cd '$(HERE)' && exec '$(VENV)/bin/python' -m pytest -q tests/boot $(ARGS)
+
 .PHONY: docs
 docs: venv ## write the configuration reference anew from the settings table
 	@cd '$(HERE)' && '$(VENV)/bin/python' packaging/generate.py reference >packaging/CONFIGURATION.md

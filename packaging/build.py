@@ -4,7 +4,7 @@ The package has a private library directory, laid out as a virtual environment o
 version that is:
 
     /usr/lib/clip-shim/pyvenv.cfg, bin/python3 → /usr/bin/python3
-    /usr/lib/clip-shim/lib/python3/site-packages/   shim, and what the distribution does not have (isal, mfusepy)
+    /usr/lib/clip-shim/lib/python3/site-packages/   shim, and what a supported distribution lacks or has too old
     /usr/lib/clip-shim/lib/python3.11 … → python3
     /usr/lib/clip-shim/libexec/clip-shim/clip-shim-runtime   what engines run
     /var/lib/clip-shim/runtime.json   its compiled settings, made when the package is installed
@@ -38,7 +38,13 @@ from shim import __version__  # noqa: E402
 from shim.runtime.launcher import launcher_text  # noqa: E402
 
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
-BUNDLED = ("isal", "mfusepy")
+COMPILED = ("isal",)  # a wheel for each version of Python
+# What Debian 12 has of requests and urllib3 is too old, and its boto3 cannot live with newer ones.
+PURE = (
+    "mfusepy", "requests", "urllib3", "idna", "certifi", "charset-normalizer", "boto3", "botocore", "s3transfer",
+    "jmespath", "python-dateutil", "six",
+)  # fmt: skip
+SERVICES = ("s3", "sts", "sso", "sso-oidc", "signin")  # of the four hundred that botocore describes
 HOME = Path("/usr/lib/clip-shim")
 SITE = HOME / "lib/python3/site-packages"
 LIBEXEC = HOME / "libexec/clip-shim"
@@ -46,12 +52,12 @@ SETTINGS = Path("/var/lib/clip-shim/runtime.json")
 _SUMMARY = "OCI runtime that starts any image in about a second"
 _PLATFORMS = {"x86_64": "amd64", "aarch64": "arm64"}
 _DEB_DEPENDS = [
-    "python3 (>= 3.11)", "python3-requests", "python3-structlog", "python3-tqdm", "python3-yaml", "python3-zstandard",
-    "runc | crun", "fuse3", "libc6 (>= 2.31)",
+    "python3 (>= 3.11)", "python3-structlog", "python3-tqdm", "python3-yaml", "python3-zstandard", "runc | crun",
+    "fuse3", "ca-certificates", "libc6 (>= 2.31)",
 ]  # fmt: skip
 _RPM_DEPENDS = [
-    "python3 >= 3.11", "python3-requests", "python3-structlog", "python3-tqdm", "python3-pyyaml", "python3-zstandard",
-    "(runc or crun)", "fuse3-libs",
+    "python3 >= 3.11", "python3-structlog", "python3-tqdm", "python3-pyyaml", "python3-zstandard", "(runc or crun)",
+    "fuse3-libs", "ca-certificates",
 ]  # fmt: skip
 
 
@@ -71,12 +77,13 @@ def link(stage: Path, path: Path, target: str) -> None:
 def wheels(into: Path) -> list[Path]:
     """The bundled packages' wheels for every version of Python, from the index that pip is configured with."""
     into.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pip += ["--only-binary=:all:", "-d", str(into)]
     arch = platform.machine()
+    tags = [word for tag in ("manylinux2014", "manylinux_2_28") for word in ("--platform", f"{tag}_{arch}")]
     for version in VERSIONS:
-        tags = [word for tag in ("manylinux2014", "manylinux_2_28") for word in ("--platform", f"{tag}_{arch}")]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--python-version", version, *tags, "-d", str(into), *BUNDLED]
-        subprocess.run(command, check=True)
+        subprocess.run([*pip, "--python-version", version, *tags, *COMPILED], check=True)
+    subprocess.run([*pip, "--python-version", VERSIONS[0], "--platform", "any", *PURE], check=True)
     return sorted(into.glob("*.whl"))
 
 
@@ -90,6 +97,9 @@ def stage_python(stage: Path, cache: Path) -> None:
     for wheel in wheels(cache):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
+    for path in (site / "botocore/data").iterdir():
+        if path.is_dir() and path.name not in SERVICES:
+            shutil.rmtree(path)
     for library in site.rglob("*.so"):
         subprocess.run(["strip", "--strip-unneeded", str(library)], check=True)
         library.chmod(0o644)
@@ -141,11 +151,24 @@ Files: usr/lib/clip-shim/lib/python3/site-packages/mfusepy*
 Copyright: 2012-2026 the fusepy and mfusepy authors
 License: ISC
 
+Files: usr/lib/clip-shim/lib/python3/site-packages/requests*
+ usr/lib/clip-shim/lib/python3/site-packages/boto*
+ usr/lib/clip-shim/lib/python3/site-packages/s3transfer*
+Copyright: 2011-2026 Kenneth Reitz, Amazon.com and the projects' authors
+License: Apache-2.0
+
+Files: usr/lib/clip-shim/lib/python3/site-packages/*
+Copyright: 2003-2026 the authors that each *.dist-info names
+License: bundled
+
 License: Apache-2.0
  On Debian systems the full text is in /usr/share/common-licenses/Apache-2.0.
 
 License: PSF-2.0 and BSD-3-Clause
  See the LICENSE files in isal-*.dist-info.
+
+License: bundled
+ MIT, BSD or MPL-2.0: see METADATA and the license files in each *.dist-info.
 
 License: ISC
  See the LICENSE file in mfusepy-*.dist-info.
@@ -195,8 +218,8 @@ def build(output: Path, formats: list[str], version: str = __version__) -> list[
         "contents": contents(stage),
         "scripts": scripts,
         "overrides": {
-            "deb": {"depends": _DEB_DEPENDS, "recommends": ["python3-boto3", "python3-prometheus-client"]},
-            "rpm": {"depends": _RPM_DEPENDS, "recommends": ["python3-boto3", "python3-prometheus_client"]},
+            "deb": {"depends": _DEB_DEPENDS, "recommends": ["python3-prometheus-client"]},
+            "rpm": {"depends": _RPM_DEPENDS, "recommends": ["python3-prometheus_client"]},
         },
         "rpm": {
             "group": "System Environment/Daemons",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -14,8 +13,9 @@ from pathlib import Path
 from shim import __version__
 from shim.runtime.launcher import write_launcher
 from shim.settings import load
-from tests.packages.conftest import NEXT, Root
 from tests.support import bundle
+from tests.support.debianroot import NEXT, DebianRoot
+from tests.support.host import wait_for
 
 LOOP = """
 import subprocess, sys, time
@@ -29,19 +29,23 @@ print(best)
 RUNTIME = "/usr/lib/clip-shim/libexec/clip-shim/clip-shim-runtime"
 
 
-def offer(root: Root, packages: Path, version: str) -> str:
+def offer(root: DebianRoot, packages: Path, version: str) -> str:
     """Copy a deb into the root; its path there."""
     (deb,) = packages.glob(f"clip-shim_{version}-*.deb")
-    shutil.copy(deb, root.path / "root")
-    return f"/root/{deb.name}"
+    return root.offer(deb)
 
 
-def make_bundle(root: Root, name: str, args: list[str], index: str) -> str:
+def apt(root: DebianRoot, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    options = ["-y", "-q", "-o", "Dpkg::Use-Pty=0", "-o", "Dpkg::Options::=--force-confold"]
+    return root.run("apt-get", *options, *words, check=check)
+
+
+def make_bundle(root: DebianRoot, name: str, args: list[str], index: str) -> str:
     bundle.make(root.path / "srv" / name, args, index=Path(index))
     return f"/srv/{name}"
 
 
-def ours(root: Root) -> list[str]:
+def ours(root: DebianRoot) -> list[str]:
     """Paths that have to do with the package, outside of dpkg's and apt's own."""
     found = root.output("find", "/", "-xdev", "-name", "*clip-shim*", "-not", "-path", "/var/lib/dpkg/*")
     return [line for line in found.splitlines() if not line.startswith(("/root/", "/var/cache/apt", "/var/log"))]
@@ -54,20 +58,20 @@ def test_lintian_finds_no_error(packages: Path) -> None:
     assert "E: " not in done.stdout
 
 
-def test_install(root: Root, packages: Path) -> None:
-    root.apt("update")
-    root.apt("install", "--no-install-recommends", offer(root, packages, __version__))
+def test_install(root: DebianRoot, packages: Path) -> None:
+    apt(root, "update")
+    apt(root, "install", "--no-install-recommends", offer(root, packages, __version__))
     shown = json.loads(root.output("clip-shim", "config", "show", "--json"))
     assert shown["runtime_path"] == RUNTIME
     assert set(shown["source"].values()) == {"default"}
     compiled = json.loads((root.path / "var/lib/clip-shim/runtime.json").read_text())
     assert compiled["daemon_command"] == ["/usr/lib/clip-shim/bin/python3", "-m", "shim"]
-    assert root.output("clip-shim", "config", "check") == "the configuration is valid\n"
+    assert root.output("clip-shim", "config", "check") == "the configuration is valid"
     assert root.output("dpkg", "--verify", "clip-shim") == ""  # what `config show` did changed no file of the package
     assert (root.path / "var/lib/clip-shim").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_container_runs_lazily(root: Root, registry_address: str, pushed: Callable[[str], str]) -> None:
+def test_a_container_runs_lazily(root: DebianRoot, registry_address: str, pushed: Callable[[str], str]) -> None:
     config = root.path / "etc/clip-shim/config.yaml"
     edited = config.read_text().replace("\ntrust:\n", f'\ntrust:\n  registries: ["{registry_address}"]\n')
     config.write_text(edited)
@@ -81,7 +85,7 @@ def test_a_container_runs_lazily(root: Root, registry_address: str, pushed: Call
     assert "first" in root.output("clip-shim", "report", "first")
 
 
-def test_it_starts_as_fast_as_from_a_checkout(root: Root, tmp_path: Path) -> None:
+def test_it_starts_as_fast_as_from_a_checkout(root: DebianRoot, tmp_path: Path) -> None:
     """The least of many, of a call that the launcher hands on at once."""
     here = write_launcher(tmp_path / "clip", load(env={}, flags={"runtimes": ["/bin/true"]}), [sys.executable])
     text = (root.path / RUNTIME.lstrip("/")).read_text().splitlines()
@@ -106,30 +110,31 @@ def timed(command: Path) -> float:
     return time.monotonic() - start
 
 
-def test_upgrade_keeps_the_configuration_and_running_containers(root: Root, packages: Path) -> None:
+def test_upgrade_keeps_the_configuration_and_running_containers(root: DebianRoot, packages: Path) -> None:
     place = make_bundle(root, "stays", ["sh", "-c", "sleep 1000"], "/var/lib/clip-shim/indexes/small.clip")
     root.run("sh", "-c", f"{RUNTIME} create --bundle {place} stays >/srv/stays.log 2>&1 && {RUNTIME} start stays")
     before = (root.path / "etc/clip-shim/config.yaml").read_text()
-    root.apt("install", "--no-install-recommends", offer(root, packages, NEXT))
+    apt(root, "install", "--no-install-recommends", offer(root, packages, NEXT))
     assert (root.path / "etc/clip-shim/config.yaml").read_text() == before
     assert root.output("dpkg-query", "-W", "-f", "${Version}", "clip-shim") == f"{NEXT}-1"
     assert json.loads(root.output(RUNTIME, "state", "stays"))["status"] == "running"
     assert root.output(RUNTIME, "exec", "stays", "cat", "/data/one").strip()
 
 
-def test_remove_waits_for_containers(root: Root) -> None:
-    refused = root.apt("remove", "clip-shim", check=False)
+def test_remove_waits_for_containers(root: DebianRoot) -> None:
+    refused = apt(root, "remove", "clip-shim", check=False)
     assert refused.returncode != 0
     assert "1 running containers read their files through it" in refused.stdout + refused.stderr
     assert json.loads(root.output(RUNTIME, "state", "stays"))["status"] == "running"
     root.run(RUNTIME, "delete", "--force", "stays")
-    root.apt("remove", "clip-shim")
+    apt(root, "remove", "clip-shim")
     assert not (root.path / "usr/lib/clip-shim").exists()
     assert (root.path / "etc/clip-shim/config.yaml").exists()
     assert (root.path / "var/lib/clip-shim/indexes/small.clip").exists()
 
 
-def test_purge_leaves_nothing(root: Root) -> None:
-    root.run("sh", "-c", "pkill -f shim || true; sleep 1", check=False)
-    root.apt("purge", "clip-shim")
+def test_purge_leaves_nothing(root: DebianRoot) -> None:
+    root.run("pkill", "-f", "m shim", check=False)
+    wait_for("the daemon ended", lambda: root.run("pgrep", "-f", "m shim", check=False).returncode != 0)
+    apt(root, "purge", "clip-shim")
     assert ours(root) == []

@@ -1,0 +1,159 @@
+"""clip-shim under a real systemd, on Debian 13 with its newer engines: started, killed, restarted, hung, upgraded."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from shim import __version__
+from tests.support import bundle
+from tests.support.debianroot import BOOTED, NEXT, SYSTEMD, DebianRoot, builder
+from tests.support.host import wait_for
+
+RUNTIME = "/usr/lib/clip-shim/libexec/clip-shim/clip-shim-runtime"
+INDEX = "/var/lib/clip-shim/indexes/small.clip"
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("packages")
+    module = builder()
+    module.build(directory, ["deb"])
+    module.build(directory, ["deb"], NEXT)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def machine(packages: Path, registry_address: str, pushed: Callable[[str], str]) -> Iterator[DebianRoot]:
+    machine = DebianRoot("trixie", BOOTED)
+    try:
+        (deb,) = packages.glob(f"clip-shim_{__version__}-*.deb")
+        subprocess.run(
+            ["chroot", machine.path, "dpkg", "-i", machine.offer(deb)], check=True, stdout=subprocess.DEVNULL
+        )
+        config = machine.path / "etc/clip-shim/config.yaml"
+        edited = config.read_text().replace("\ntrust:\n", f'\ntrust:\n  registries: ["{registry_address}"]\n')
+        edited = edited.replace("\nmetrics:\n", "\nmetrics:\n  listen: unix:/run/clip-shim-metrics.sock\n")
+        config.write_text(edited)
+        machine.start(SYSTEMD)
+        states = ("running", "degraded")
+        wait_for(
+            "it is up", lambda: machine.run("systemctl", "is-system-running", check=False).stdout.strip() in states
+        )
+        machine.run("clip-shim", "index", pushed("small"), "-o", INDEX)
+        yield machine
+    finally:
+        machine.close()
+
+
+def make(machine: DebianRoot, name: str, *args: str) -> str:
+    bundle.make(machine.path / "srv" / name, args, index=INDEX)
+    spec = machine.path / "srv" / name / "config.json"
+    config = json.loads(spec.read_text())
+    config["linux"]["cgroupsPath"] = f"/clip-test/{name}"
+    spec.write_text(json.dumps(config))
+    return f"/srv/{name}"
+
+
+def container(machine: DebianRoot, name: str, *args: str) -> str:
+    return machine.output(RUNTIME, "run", "--bundle", make(machine, name, *args), name)
+
+
+def pid(machine: DebianRoot) -> int:
+    return int(machine.unit("MainPID"))
+
+
+def test_the_units_are_up(machine: DebianRoot) -> None:
+    assert machine.output("systemctl", "is-enabled", "clip-shim.service", "clip-shim.socket") == "enabled\nenabled"
+    assert machine.unit("ActiveState") == "active"
+    assert machine.unit("StatusErrno") == "0"
+    status = json.loads(machine.output("clip-shim", "status", "--json"))
+    assert status["daemon"]["pid"] == pid(machine)
+    assert "clip" not in machine.output("systemctl", "list-units", "--failed", "--no-legend")
+    # the daemon sees and makes mounts where the engines do
+    assert machine.output("readlink", f"/proc/{pid(machine)}/ns/mnt") == machine.output("readlink", "/proc/1/ns/mnt")
+    assert machine.unit("OOMScoreAdjust") == "-900"
+    assert "NoNewPrivs:\t1" in machine.output("cat", f"/proc/{pid(machine)}/status")
+
+
+def test_a_container_and_its_journal(machine: DebianRoot) -> None:
+    assert container(machine, "first", "sha256sum", "/data/noise.bin").endswith("/data/noise.bin")
+    (line,) = machine.journal("CLIP_EVENT=container started", "CLIP_CONTAINER=first").splitlines()
+    assert "small:latest" in line
+    entry = json.loads(machine.run("journalctl", "-o", "json", "CLIP_CONTAINER=first", "-n", "1").stdout)
+    assert entry["SYSLOG_IDENTIFIER"] == "clip-shim"
+    assert entry["_SYSTEMD_UNIT"] == "clip-shim.service"
+    assert entry["CLIP_IMAGE"].endswith("/small:latest")
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGABRT", "SIGTERM"])
+def test_a_daemon_that_dies_is_started_again(machine: DebianRoot, how: str) -> None:
+    before = pid(machine)
+    machine.run("kill", f"-{how.removeprefix('SIG')}", str(before))
+    wait_for("another runs", lambda: pid(machine) not in (0, before) and machine.unit("ActiveState") == "active")
+    assert container(machine, f"after-{how.lower()}", "cat", "/data/one")
+
+
+def test_who_comes_while_it_is_down_waits(machine: DebianRoot) -> None:
+    """The socket is systemd's: a container that is started meanwhile starts the daemon, and is served."""
+    machine.run("systemctl", "stop", "clip-shim.service")
+    assert machine.unit("ActiveState") == "inactive"
+    assert container(machine, "waits", "cat", "/data/one")
+    assert machine.unit("ActiveState") == "active"
+
+
+def test_without_the_socket_the_wrapper_starts_the_unit(machine: DebianRoot) -> None:
+    machine.run("systemctl", "stop", "clip-shim.socket", "clip-shim.service")
+    assert container(machine, "starts", "cat", "/data/one")
+    assert machine.unit("ActiveState") == "active"
+    assert json.loads(machine.output("clip-shim", "status", "--json"))["daemon"]["pid"] == pid(machine)
+    machine.run("systemctl", "stop", "clip-shim.service")
+    machine.run("systemctl", "start", "clip-shim.socket")
+    assert container(machine, "again", "cat", "/data/one")
+
+
+def test_one_that_hangs_is_ended_by_the_watchdog(machine: DebianRoot) -> None:
+    """With a shorter deadline than the unit's, so that the test is short."""
+    drop_in = machine.path / "run-clip"
+    drop_in.write_text("[Service]\nWatchdogSec=3s\n")
+    machine.run("install", "-D", "/run-clip", "/run/systemd/system/clip-shim.service.d/short.conf")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "restart", "clip-shim.service")
+    before = pid(machine)
+    machine.run("kill", "-STOP", str(before))
+    wait_for("it was ended and another runs", lambda: pid(machine) not in (0, before))
+    machine.run("rm", "/run/systemd/system/clip-shim.service.d/short.conf")
+    machine.run("systemctl", "daemon-reload")
+    assert "Watchdog timeout" in machine.journal("UNIT=clip-shim.service")
+    machine.run("systemctl", "restart", "clip-shim.service")
+    assert container(machine, "after-hang", "cat", "/data/one")
+
+
+def test_containerd_of_debian_13(machine: DebianRoot, registry_address: str, pushed: Callable[[str], str]) -> None:
+    assert re.search(r" 1\.7\.", machine.output("containerd", "--version"))
+    pushed("blank")
+    machine.run("ctr", "image", "pull", "--plain-http", f"{registry_address}/blank:latest")
+    words = ["ctr", "run", "--rm", "--cpu-shares=0", "--runc-binary", RUNTIME, "--annotation", f"io.clip.index={INDEX}"]
+    said = machine.output(*words, f"{registry_address}/blank:latest", "ctr1", "sha256sum", "/data/noise.bin")
+    assert said.endswith("/data/noise.bin")
+    assert "container started" in machine.journal("CLIP_CONTAINER=ctr1")
+
+
+def test_upgrade_restarts_what_runs(machine: DebianRoot, packages: Path) -> None:
+    before = pid(machine)
+    (deb,) = packages.glob(f"clip-shim_{NEXT}-*.deb")
+    machine.run("dpkg", "-i", machine.offer(deb))
+    wait_for("the new one runs", lambda: pid(machine) not in (0, before))
+    assert container(machine, "upgraded", "cat", "/data/one")
+    assert machine.output("systemctl", "is-enabled", "clip-shim.service") == "enabled"
+
+
+def test_remove_stops_it(machine: DebianRoot) -> None:
+    machine.run("dpkg", "--purge", "clip-shim")
+    assert machine.output("systemctl", "list-units", "--all", "--no-legend", "clip-shim*") == ""
+    assert machine.output("sh", "-c", "grep -c clip-shim /proc/self/mountinfo || true") == "0"
