@@ -2,8 +2,8 @@
 
 Before a container starts, its engine looks into the root by itself, and sees the image's own layers only: it reads
 /etc/passwd and /etc/group, copies volumes' content, makes the working directory. A directory that it makes, or that a
-build's COPY makes, would hide the tree's. So the layer has every directory, the links that lead to directories, and the
-files an engine reads. Pure: no I/O but on the streams that are passed in.
+build's COPY makes, would hide the tree's; and COPY and `docker cp` write through links. So the layer has every
+directory, every symlink, and the files an engine reads. Pure: no I/O but on the streams that are passed in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shim.index.model import Node, Tree
 MARKER_DIR, MARKER = b"/.clip", b"/.clip/index.clip"
 READ_BY_ENGINES = (b"/etc/passwd", b"/etc/group")
 MAX_LINKS = 40  # symlinks followed for one path: the kernel's bound
-MAX_STEPS = 50_000_000  # path components walked, all in all: symlink mazes end here
+MAX_STEPS = 2_000_000  # path components walked, all in all: symlink mazes end here
 
 _TYPES = {
     stat.S_IFREG: tarfile.REGTYPE,
@@ -57,19 +57,19 @@ class Paths:
         self._root = tree.root
         self._steps = MAX_STEPS
 
-    def follow(self, path: bytes) -> tuple[bytes, Node | None, list[bytes]]:
-        """(path without links, its node, the links on the way); the node is None where `path` leads nowhere.
+    def follow(self, path: bytes) -> tuple[bytes, Node | None]:
+        """(path without links, its node); the node is None where `path` leads nowhere.
 
         Raises LayerError for a tree whose links take too many steps to follow.
         """
         done: list[tuple[bytes, Node]] = [(b"", self._root)]
         todo = path.split(b"/")[::-1]
-        crossed: list[bytes] = []
+        links = 0
         while todo:
             name = todo.pop()
             here, directory = done[-1]
             if directory.children is None:  # also for the empty name behind a slash, and for ..
-                return here, None, crossed
+                return here, None
             if name in (b"", b"."):
                 continue
             if name == b"..":
@@ -79,21 +79,21 @@ class Paths:
             self._steps -= 1
             node = directory.children.get(name)
             if node is None:
-                return here + b"/" + name, None, crossed
+                return here + b"/" + name, None
             if not node.is_symlink:
                 done.append((here + b"/" + name, node))
                 continue
-            crossed.append(here + b"/" + name)
+            links += 1
             target = node.target.split(b"/")[::-1]
             self._steps -= len(target)
             if self._steps < 0:
                 raise LayerError("the image's symlinks lead through too many others")
-            if len(crossed) > MAX_LINKS:
-                return crossed[-1], None, crossed
+            if links > MAX_LINKS:
+                return here + b"/" + name, None
             if node.target[:1] == b"/":
                 del done[1:]
             todo += target
-        return done[-1][0] or b"/", done[-1][1], crossed
+        return done[-1][0] or b"/", done[-1][1]
 
 
 def select(tree: Tree, volumes: Iterable[bytes], max_bytes: int) -> Skeleton:
@@ -121,32 +121,25 @@ def select(tree: Tree, volumes: Iterable[bytes], max_bytes: int) -> Skeleton:
             continue
         if path == MARKER_DIR and not node.is_dir:
             skeleton.notes.append(f"{show_path(path)} of the image gives way to the directory of the index")
-        elif node.is_dir or path in wanted or (node.is_symlink and _may_be_directory(paths, path)):
+        elif node.is_dir or node.is_symlink or path in wanted:
             skeleton.entries.append((path, node))
     return skeleton
-
-
-def _may_be_directory(paths: Paths, link: bytes) -> bool:
-    """Whether a link leads to a directory, or to nothing yet: an engine that makes a directory goes through both."""
-    node = paths.follow(link)[1]
-    return node is None or node.is_dir
 
 
 def _add_content(skeleton: Skeleton, wanted: set[bytes], paths: Paths, volumes: Iterable[bytes]) -> bytes:
     """Add what engines read to `wanted` (paths) and `skeleton.files`; returns the volume that has most bytes."""
     found: list[tuple[bytes, bytes, Node]] = []
     for asked in (*READ_BY_ENGINES, *volumes):
-        path, node, links = paths.follow(asked)
+        path, node = paths.follow(asked)
         if node is None or (asked in READ_BY_ENGINES and not node.is_file):
             continue
-        wanted.update(links)
         found.append((path, asked, node))
     counted: set[int] = set()
     largest = (-1, b"")
     covered = b"\0"
     for path, asked, node in sorted(found, key=lambda item: item[0] + b"/"):
         if (path + b"/").startswith(covered):
-            continue  # below another volume, or reached over a link
+            continue  # below another volume, or the same over a link
         covered = path.rstrip(b"/") + b"/"
         size = 0
         for below, inner in _below(path, node):

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,12 @@ class Docker(Engine):
 
     name = "docker"
 
-    def __init__(self, host: Host, *, clip: bool = True, config: Path | None = None) -> None:
-        """config: a daemon.json, which then says what runtimes there are."""
+    def __init__(
+        self, host: Host, *, clip: bool = True, config: Path | None = None, options: Sequence[str] = ()
+    ) -> None:
+        """config: a daemon.json, which then says what runtimes there are; options: more of dockerd's."""
         super().__init__(host, clip=clip)
+        self.options = options
         self.containerd = Containerd(host, clip=clip)
         self.socket = self.base / "d.sock"
         self.config = config
@@ -133,6 +137,7 @@ class Docker(Engine):
             *("--iptables=false", "--ip6tables=false", "--bridge=none", "--log-level=warn"),
             *("--exec-opt", "native.cgroupdriver=cgroupfs", "--storage-driver=overlay2"),
             *(runtimes if self.config is None else ("--config-file", self.config)),
+            *self.options,
             log="dockerd",
         )
         wait_for("dockerd answers", lambda: self.call("version", check=False).returncode == 0)

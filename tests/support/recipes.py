@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support import ocitar, smallimage
+from tests.support import appimage, ocitar, smallimage
 
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SCIENCE = (("numpy",), ("pandas", "scikit-learn"))  # a layer each
@@ -180,6 +180,11 @@ def _blank() -> Recipe:
     return Recipe((layer,), {"Env": [PATH], "Cmd": ["/bin/sh"]})
 
 
+def _app() -> Recipe:
+    layers = (_small("gzip").layers[0], Entries("app-2", appimage.layer))
+    return Recipe(layers, appimage.CONFIG)
+
+
 def _debian_image() -> Recipe:
     return Recipe((_debian_layer(),), {"Env": [PATH], "Cmd": ["python3"]})
 
@@ -200,6 +205,7 @@ IMAGES: dict[str, Callable[[], Recipe]] = {
     "small": lambda: _small("gzip"),
     **{f"small-{kind}": (lambda kind=kind: _small(kind)) for kind in ocitar.COMPRESS if kind != "gzip"},  # type: ignore[misc]
     "odd": _odd,
+    "app": _app,
     "blank": _blank,
     "shared-a": lambda: _shared("a"),
     "shared-b": lambda: _shared("b"),

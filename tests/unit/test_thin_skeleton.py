@@ -63,11 +63,22 @@ def merged(data: bytes) -> Tree:
     return merger.finish()
 
 
-def test_directories_links_to_directories_and_users() -> None:
+def test_directories_links_and_users() -> None:
     found = select(system(), [], MIB)
     assert paths(found) == [
-        *(b"/bin", b"/data", b"/data/sub", b"/etc", b"/etc/group", b"/etc/passwd", b"/srv", b"/srv/link", b"/tmp"),
-        *(b"/usr", b"/usr/bin", b"/usr/lib", b"/var", b"/var/run"),
+        *(
+            b"/bin",
+            b"/data",
+            b"/data/sub",
+            b"/data/to-tool",
+            b"/etc",
+            b"/etc/group",
+            b"/etc/passwd",
+            b"/srv",
+            b"/srv/link",
+            b"/tmp",
+        ),
+        *(b"/usr", b"/usr/bin", b"/usr/bin/alias", b"/usr/lib", b"/var", b"/var/run"),
     ]
     assert found.content_bytes == 50
 
@@ -78,7 +89,7 @@ def test_content_of_a_volume(volume: bytes) -> None:
     put(tree, "link", symlink(b"data"))
     found = select(tree, [volume, b"/data/sub", b"/none", volume], MIB)
     assert set(paths(found)) - set(paths(select(tree, [], MIB))) == {
-        b"/data/sub/a", b"/data/pipe", b"/data/null", b"/data/to-tool"
+        b"/data/sub/a", b"/data/pipe", b"/data/null"
     }  # fmt: skip
     assert found.content_bytes == 55
 
@@ -164,7 +175,6 @@ def test_paths_are_followed_as_chroot_does() -> None:
     put(tree, "up", symlink(b"../../../usr/../bin"))
     follow = Paths(tree).follow
     assert follow(b"/up/tool")[0] == b"/usr/bin/tool"
-    assert follow(b"/up/tool")[2] == [b"/up", b"/bin"]
     assert follow(b"/")[0] == b"/"
     for dangling in (b"/loop", b"/usr/bin/tool/", b"/usr/bin/tool/..", b"/none/x"):
         assert follow(dangling)[1] is None, dangling
@@ -173,13 +183,10 @@ def test_paths_are_followed_as_chroot_does() -> None:
 def test_a_maze_of_links_ends() -> None:
     tree = Tree(directory())
     put(tree, "d", directory())
-    for n in range(30):  # each leads through the one before many times over
+    for n in range(30):  # each leads through the one before, and through thousands of directories
         put(tree, f"l{n}", symlink(b"/".join([b"d/.."] * 600) + (b"/l%d" % (n - 1) if n else b"/d")))
-    assert len(select(tree, [], MIB).entries) == 31
-    limited = Paths(tree)
-    limited._steps = 1000
     with pytest.raises(LayerError, match="too many"):
-        limited.follow(b"/l29")
+        select(tree, [b"/l29/%d" % n for n in range(200)], MIB)
 
 
 @pytest.mark.parametrize(
