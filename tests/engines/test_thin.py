@@ -19,7 +19,7 @@ from tests.support.host import Host, wait_for
 
 LOOK = """look() {
     find "$@" -type d -exec stat -c '%n %A %u:%g' {} + | sort
-    find "$@" ! -type d -exec stat -c '%N %A %u:%g %h %s %Y' {} + | sort
+    find "$@" ! -type d -exec stat -c '%N %A %u:%g %h %s %Y' {} + | sed 's/ 1[7-9][0-9]*$/ new/' | sort
 }
 """
 Seen = dict[str, object]
@@ -233,7 +233,7 @@ def test_builds(both: tuple[Side, Side]) -> None:
 
     def watch(side: Side) -> Seen:
         one, two = f"one-{side.runtime}", f"two-{side.runtime}"
-        look = LOOK + "look /tmp /bin/file /bin /srv /run /opt /usr/lib | sed '/file/s/[0-9]*$//; /again/s/[0-9]*$//';"
+        look = LOOK + "look /tmp /bin/file /bin /srv /run /opt /usr/lib;"
         seen: Seen = {"built": build(side, DOCKERFILE, side.image, one)}
         seen["built on that"] = build(side, AGAIN, one, two)
         seen["saved"] = side.call("save", "-o", side.place / "saved.tar", two)
