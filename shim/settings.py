@@ -223,6 +223,12 @@ SETTINGS: tuple[Setting, ...] = (
         "further s3://BUCKET/PREFIX that references may name, beside those of `stores`; * is any",
     ),
     Setting(
+        "trust.cached",
+        _choice("confirmed", "if-cached"),
+        "confirmed",
+        "whether an image gets layers of the cache when its registry has confirmed that it may read them, or unasked",
+    ),
+    Setting(
         "stores.lookup",
         _texts,
         [],

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shim import log
 from shim.cache import bitmap
+from shim.cache.access import AccessList
 from shim.cache.faultpoint import fault
 from shim.cache.hashing import hash_range
 from shim.cache.holes import contiguous, punch
@@ -42,6 +43,7 @@ class CachedLayer:
         STATE/cache/<diff id hex>-<identity, first 16 hex>/     (store.layer_name)
             data         sparse, as long as the uncompressed layer rounded up to 512; span i at its own offset
             bitmap       which spans are there (bitmap.py)
+            access       references that a registry has let read it (access.py)
             meta.json    diff id, table digest, sizes; its mtime is when the layer was last used
 
     The identity covers the span table: an index with another table for the same diff id has a cache of its own, so it
@@ -94,6 +96,7 @@ class CachedLayer:
         self._starts = array("Q", (spans.ustart(i) for i in range(self.count)))
         self._starts.append(1 << 63)  # so that the padding belongs to the last span
         self._table_digest = spans.table_digest()
+        self.access = AccessList(path / "access")
         self._memory = memory
         self._on_dirty = on_dirty
         self._on_write_error = on_write_error
@@ -317,6 +320,8 @@ class CachedLayer:
             with self._write:
                 flags, dirty, self._dirty = self._flags(), self._dirty, False
             self._touch()
+            if self.data_fd >= 0:
+                self.access.flush()
             if not dirty or self.data_fd < 0:
                 return
             try:
@@ -326,6 +331,11 @@ class CachedLayer:
             except OSError:
                 self._dirty = True
                 raise
+
+    def allow(self, reference: str) -> None:
+        """A registry has let `reference` read the layer: remembered with it."""
+        self.access.add(reference)
+        self._on_dirty()
 
     def close(self) -> None:
         """Flush and close the file. Only when no thread reads the layer any more."""
@@ -368,13 +378,7 @@ class CachedLayer:
                 os.ftruncate(fd, 0)
                 os.ftruncate(fd, self.size)
                 (self.path / "bitmap").unlink(missing_ok=True)
-                meta = {
-                    "v": 1,
-                    "diff_id": self.diff_id,
-                    "table_digest": self._table_digest.hex(),
-                    "size": self.length,
-                    "spans": self.count,
-                }
+                meta = {"v": 1, "diff_id": self.diff_id, "table_digest": self._table_digest.hex(), "size": self.length}
                 (self.path / "meta.json").write_text(json.dumps(meta) + "\n")
             else:
                 (self.path / "meta.json").touch(0o600)  # what is missing would never be cleaned

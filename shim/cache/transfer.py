@@ -185,10 +185,10 @@ class Transfer:
             return False
         passing = isinstance(error, RegistryError) and error.retryable
         first, longest = _PAUSES if passing else _LONG_PAUSES
-        delay = min(first * 2 ** min(failures - 1, 10), longest)
-        if self._clock() + delay >= self._board.patience(job):
+        left = self._board.patience(job) - self._clock()
+        if left <= first:
             return False
-        self._pause(delay)
+        self._pause(min(first * 2 ** min(failures - 1, 10), longest, 0.75 * left))  # and time for the attempt itself
         return True
 
     def _stream(self, job: Job, first: int, stop: int) -> None:

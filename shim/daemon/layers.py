@@ -15,6 +15,7 @@ from shim.cache.fetch import LazyLayer
 from shim.cache.pool import FetchPool
 from shim.cache.store import LayerCache, layer_name
 from shim.cache.transfer import LayerStats
+from shim.daemon.access import Access, Held
 from shim.daemon.profile import Recording
 from shim.daemon.served import ServedLayer, Source, Traffic
 from shim.daemon.trace import Listener, WatchedBlob
@@ -63,6 +64,7 @@ class Layers:
             connect_timeout=_IMPATIENT_SECONDS,
             read_timeout=_IMPATIENT_SECONDS,
         )
+        self._access = Access(self._client, settings["trust.cached"])
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self._served: dict[str, ServedLayer] = {}
@@ -82,6 +84,21 @@ class Layers:
                 self._add(tree, number, layer, directory / f"spans.{number}", Source(ref, layer["digest"]))
         except BaseException:
             self.discard(tree)
+            raise
+
+    def confirm(self, meta: dict[str, Any], end: float) -> None:
+        """Return when a tree's image may read its layers, which `add` has added; by `end` (monotonic). Raises
+        RegistryError and its kinds, IntegrityError; the layers are still added then."""
+        ref = ImageRef.parse(meta["image"], local_paths=False)
+        with self._lock:
+            found = [(self._served[layer["blob"]], layer["digest"]) for layer in meta["layers"]]
+        held = [Held(served.lazy.cached, digest, served.spans.compression) for served, digest in found]
+        try:
+            self._access.confirm(ref, held, end)
+        except ShimError:
+            with self._lock:
+                for served, _ in found:
+                    served.sources = [source for source in served.sources if source.ref.name != ref.name]
             raise
 
     def _add(self, tree: str, number: int, layer: dict[str, Any], span_path: Path, source: Source) -> None:

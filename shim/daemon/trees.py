@@ -190,6 +190,9 @@ class Trees:
         timings["prepare"] = _ms(started)
         try:
             started = time.monotonic()
+            self._layers.confirm(meta, end)
+            timings["access"] = _ms(started)
+            started = time.monotonic()
             names = [layer["blob"] for layer in meta["layers"]]
             if fill is not None:
                 fill(names, end)

@@ -38,6 +38,7 @@ MAX_DEPTH = 3  # indexes inside indexes
 MAX_FETCHED = 24  # manifests fetched for one resolve
 MAX_REGISTRIES = 1024
 AWAY_SECONDS = 30.0
+_NO_HEAD = (400, 405, 501)
 
 T = TypeVar("T")
 
@@ -194,14 +195,26 @@ class RegistryClient:
             max_discard=self._max_discard,
         )
 
-    def check_access(self, ref: ImageRef, digest: str) -> None:
-        """Return when the registry lets these credentials read the blob; else raise AuthError or NotFoundError."""
-        call = Call("HEAD", ref.repository, f"blobs/{check_digest(digest)}", "check", follow=False)
+    def check_access(self, ref: ImageRef, digest: str, *, deadline: float | None = None) -> None:
+        """Return when the registry lets these credentials read the blob; else raise AuthError or NotFoundError.
+
+        deadline: an instant on `hooks.clock`. A registry that has no HEAD is asked for one byte.
+        """
+        path = f"blobs/{check_digest(digest)}"
+        calls = [
+            Call("HEAD", ref.repository, path, "check", follow=False),
+            Call("GET", ref.repository, path, "check", (("Range", "bytes=0-0"),), follow=False),
+        ]
 
         def ask(endpoint: Endpoint, deadline: float | None) -> None:
-            endpoint.request(call, deadline).close()
+            try:
+                endpoint.request(calls[0], deadline).close()
+            except RegistryError as error:
+                if error.status not in _NO_HEAD:
+                    raise
+                endpoint.request(calls[1], deadline).close()
 
-        self._over_hosts(ref, PULL, ask, None)
+        self._over_hosts(ref, PULL, ask, deadline)
 
     def on_writer(self, registry: str, work: Callable[[Endpoint], T]) -> T:
         """Do `work` with the host that takes what is pushed to `registry`, again as the policy says."""

@@ -115,6 +115,7 @@ def test_a_tree_that_somebody_unmounted_is_mounted_again(host: Host) -> None:
 def stalled(registry: Registry) -> Iterator[tuple[Host, Proxy]]:
     """A host whose registry does not answer for layers, with the index of an image that cannot be mounted without."""
     settings = {"CLIP_SHIM_MOUNT_DEADLINE": f"{DEADLINE}s", "CLIP_SHIM_TREE_LINGER": "500ms"}
+    settings["CLIP_SHIM_TRUST_CACHED"] = "if-cached"  # else it would not come to the mount
     with Proxy(registry.host) as proxy, Host(settings=settings) as host:
         host.trust_registry(proxy.address)
         host.trust_registry(registry.host)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shim.index import codec
-from shim.index.model import Index
+from shim.index.model import Index, Restart
 from tests.support import images, smallimage
 from tests.support.daemonclient import Client, acquire, log_lines, server_pid, trees
 from tests.support.host import Host, wait_for
@@ -29,7 +29,7 @@ def registry() -> Iterator[Registry]:
 
 @pytest.fixture(scope="module")
 def host(registry: Registry) -> Iterator[Host]:
-    with Host(settings={"CLIP_SHIM_TREE_LINGER": "300ms", "CLIP_SHIM_READ_DEADLINE": "4s"}) as made:
+    with Host(settings={"CLIP_SHIM_TREE_LINGER": "300ms", "CLIP_SHIM_READ_DEADLINE": "2s"}) as made:
         made.trust_registry(registry.host)
         made.index(f"{registry.host}/shared-a:latest", "a")
         made.start_daemon()
@@ -222,18 +222,46 @@ def elsewhere(index: Index) -> None:
     index.image = index.image.replace("/shared-a", "/no/such/repository")
 
 
-@pytest.mark.parametrize("change", [elsewhere, false_digests])
+def false_points(index: Index) -> None:
+    """Restart points one bit off."""
+    for layer in index.layers:
+        for i in range(1, layer.spans.count):
+            if layer.spans.kind(i) != Restart.CONTINUE:
+                layer.spans.bits[i] = (layer.spans.bits[i] + 1) % 8
+
+
+def test_another_spacing_of_the_same_layers_has_a_cache_of_its_own(host: Host) -> None:
+    """Both are honest here, and both are right at the same time."""
+    other = host.index(image_of(host), "spaced", "--checkpoint-mib", "1")
+    with Client(host) as first, Client(host) as second:
+        trees = [Path(first.acquire(other)["tree"]), Path(second.acquire(host.indexes / "a.clip")["tree"])]
+        for number in range(20):
+            for tree in trees:
+                assert (tree / f"common/{number:02d}").read_bytes() == smallimage.noise(100 + number, 400_000)
+        names = {layer["blob"] for layer in host.status()["layers"]}
+        assert len(names) > len({name.partition("-")[0] for name in names})
+
+
+def image_of(host: Host) -> str:
+    return str(codec.decode(good(host)).image)
+
+
+@pytest.mark.parametrize("change", [elsewhere, false_digests, false_points])
 def test_a_false_index_of_the_same_layers_harms_nobody_else(host: Host, change: object) -> None:
-    """Mounted first: with false span digests it has its own blobs; with true ones and a false repository it is one more
-    source that is asked in vain."""
+    """Mounted first: with false span digests or false restart points it has its own blobs; with true ones and a false
+    repository it is not mounted, since that repository has no such layer."""
     false = host.indexes / "false.clip"
     false.write_bytes(encoded(good(host), change))
     with Client(host) as bad, Client(host) as client:
         answer = bad.acquire(false)
-        assert answer["ok"], answer
-        if change is false_digests:
+        if change is elsewhere:
+            refused(answer, "NotFoundError", "does not confirm", "no/such/repository")
+        else:
+            assert answer["ok"], answer
+            fd = os.open(Path(answer["tree"]) / "common/19", os.O_RDONLY)
             with pytest.raises(OSError, match="Input/output error"):
-                (Path(answer["tree"]) / "common/05").read_bytes()
+                os.pread(fd, 4096, 0)
+            os.close(fd)
         tree = Path(client.acquire(host.indexes / "a.clip")["tree"])
         for number in range(20):
             data = (tree / f"common/{number:02d}").read_bytes()

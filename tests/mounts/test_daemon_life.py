@@ -40,10 +40,15 @@ def registry() -> Iterator[Registry]:
         yield registry
 
 
+UNASKED = {"CLIP_SHIM_TRUST_CACHED": "if-cached"}  # so that it is the mount that waits for a stalled registry
+
+
 @contextmanager
-def served(address: str, image: str = "shared-a") -> Iterator[tuple[Host, subprocess.Popen[bytes], Path]]:
+def served(
+    address: str, image: str = "shared-a", **settings: str
+) -> Iterator[tuple[Host, subprocess.Popen[bytes], Path]]:
     """A host, its supervised daemon, and an index."""
-    with Host() as host:
+    with Host(settings=settings) as host:
         host.trust_registry(address)
         index = host.index(f"{address}/{image}:latest", "a")
         yield host, host.start_daemon(), index
@@ -224,7 +229,7 @@ def test_a_killed_server_is_started_again(registry: Registry) -> None:
 
 def test_a_job_ends_with_its_server(registry: Registry) -> None:
     """Killed in the middle of a mount that waits for the registry: neither a process nor a mount stays."""
-    with Proxy(registry.host) as proxy, served(proxy.address, "small") as (host, child, index):
+    with Proxy(registry.host) as proxy, served(proxy.address, "small", **UNASKED) as (host, child, index):
         wait_for("the tier is known", lambda: log_lines(host, "tree tier chosen"))
         old = server_pid(host)
         idle = len(descendants(old))
@@ -245,7 +250,7 @@ def test_a_job_ends_with_its_server(registry: Registry) -> None:
 
 
 def test_sigterm_while_a_mount_is_stuck(registry: Registry) -> None:
-    with Proxy(registry.host) as proxy, served(proxy.address, "small") as (host, child, index):
+    with Proxy(registry.host) as proxy, served(proxy.address, "small", **UNASKED) as (host, child, index):
         proxy.stall()
         with Client(host) as client:
             client.start_acquire(index)

@@ -1,0 +1,128 @@
+"""Asks registries whether an image's reference may read its layers: `trust.cached`."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shim import log
+from shim.cache.layer import CachedLayer
+from shim.errors import RegistryError, ShimError
+from shim.index.model import Compression
+from shim.layers.inflate import compressed_range, inflate_spans
+from shim.registry.client import RegistryClient
+from shim.registry.ref import ImageRef
+
+_THREADS = 8
+_PAUSE = 0.25  # seconds between attempts, doubling up to a second
+_NEAR = 8  # spans from the start, where a stream has no restart points
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A layer that an image wants: its cache, its digest in the image's repository, and how it is compressed."""
+
+    cached: CachedLayer
+    digest: str
+    compression: Compression
+
+
+class Access:
+    """A layer's cache, and whoever fetches into it, serve every image that has the layer. So before an image gets it,
+    its registry must say that the image's repository has the layer and that this node's credentials for it may read it:
+    a HEAD of the blob. It is remembered with the layer (AccessList), by repository and blob, over restarts and reboots:
+    an image that was let in once needs no registry as long as the layer stays in the cache.
+
+    Another registry's word is worth nothing, it may be an attacker's: one that the layer never came from must show that
+    it has it. One span, chosen at random, is fetched from there and hashed. Nothing is asked twice when nothing of the
+    layer is cached yet: then only its own registry's bytes can come.
+
+    Threads: any. Holds no lock while it asks. A registry that is away is asked again until the deadline.
+    """
+
+    def __init__(self, client: RegistryClient, policy: str) -> None:
+        """policy: `trust.cached`, "confirmed" or "if-cached"."""
+        self._client = client
+        self._policy = policy
+
+    def confirm(self, image: ImageRef, layers: Sequence[Held], end: float) -> None:
+        """Return when `image` may read all of `layers`, by `end` (monotonic). Raises AuthError, NotFoundError,
+        IntegrityError, RegistryError, for the first layer that it may not read."""
+        if self._policy == "if-cached":
+            return
+        todo = list({id(held.cached): held for held in layers if not _is_known(image, held)}.values())
+        if not todo:
+            return
+        started = time.monotonic()
+        failed: dict[int, ShimError] = {}
+        queue = list(enumerate(todo))[::-1]
+
+        def work() -> None:
+            while queue and not failed:
+                try:
+                    number, held = queue.pop()
+                except IndexError:
+                    return
+                try:
+                    self._confirm(image, held, end)
+                except ShimError as error:
+                    failed[number] = error
+
+        threads = [threading.Thread(target=work, name="access", daemon=True) for _ in todo[1:_THREADS]]
+        for thread in threads:
+            thread.start()
+        work()
+        for thread in threads:
+            thread.join()
+        if failed:
+            number, error = min(failed.items(), key=lambda item: item[0])
+            layer = todo[number].digest.removeprefix("sha256:")[:12]
+            error.args = (f"the registry does not confirm that {image.name} may read its layer {layer}: {error}",)
+            raise error
+        log.debug("access confirmed", image=str(image), layers=len(todo), seconds=round(time.monotonic() - started, 3))
+
+    def _confirm(self, image: ImageRef, held: Held, end: float) -> None:
+        """One layer; a failure that may pass is tried again."""
+        pause = _PAUSE
+        while True:
+            try:
+                self._ask(image, held, end)
+            except RegistryError as error:
+                if not error.retryable or time.monotonic() + pause >= end:
+                    raise
+                time.sleep(pause)
+                pause = min(1.0, 2 * pause)
+            else:
+                held.cached.allow(reference(image, held.digest))
+                return
+
+    def _ask(self, image: ImageRef, held: Held, end: float) -> None:
+        self._client.check_access(image, held.digest, deadline=end)
+        known = held.cached.access.registries()
+        if (known or held.cached.cached_bytes) and image.registry not in known:
+            self._prove(image, held, end)
+
+    def _prove(self, image: ImageRef, held: Held, end: float) -> None:
+        """Fetch one span of the layer from the image's own repository. Raises IntegrityError when it is not right."""
+        spans = held.cached.spans
+        if not spans.count:
+            return
+        chosen = random.randrange(spans.count)  # noqa: S311  the registry sees it only when it must answer
+        first = spans.restart(chosen)
+        chosen = min(chosen, first + _NEAR)
+        start, stop = compressed_range(spans, first, chosen + 1)
+        with self._client.open_blob(image, held.digest, start, stop, deadline=end) as stream:
+            for _ in inflate_spans(spans, held.compression, first, stream, chosen + 1):
+                pass
+
+
+def reference(image: ImageRef, digest: str) -> str:
+    """As it stands in an AccessList."""
+    return f"{image.name}@{digest}"
+
+
+def _is_known(image: ImageRef, held: Held) -> bool:
+    return held.cached.access.has(reference(image, held.digest))
