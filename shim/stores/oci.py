@@ -48,10 +48,17 @@ class OciStore:
         return "oci://"
 
     def find(self, image: ImageRef, out: BinaryIO) -> bool:
-        found = referrers(self._client, image, INDEX_TYPE)
+        return self._find(image, INDEX_TYPE, out, container.MAX_FILE)
+
+    def find_archive(self, image: ImageRef, out: BinaryIO) -> bool:
+        """Write the v1 archive of `image`, all of it; False if there is none."""
+        return self._find(image, ARCHIVE_TYPE, out, MAX_BLOB)
+
+    def _find(self, image: ImageRef, kind: str, out: BinaryIO, limit: int) -> bool:
+        found = referrers(self._client, image, kind)
         if not found:
             return False
-        self._read(image, self._client.manifest(image.with_digest(found[-1].digest)), out, container.MAX_FILE)
+        self._read(image, self._client.manifest(image.with_digest(found[-1].digest)), out, limit)
         return True
 
     def keep(self, image: ImageRef, file: Path) -> str:
