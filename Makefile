@@ -31,7 +31,7 @@ packages: venv ## build the deb and the rpm into build/
 
 .PHONY: package-test
 package-test: venv ## install, upgrade, remove and purge the packages in clean Debian roots; lintian (root, ~3 minutes)
-	@missing=(); for tool in lintian rpm; do command -v $$tool >/dev/null || missing+=($$tool); done; \
+	@missing=(); for tool in lintian rpm promtool; do command -v $$tool >/dev/null || missing+=("$${tool/promtool/prometheus}"); done; \
 		((!$${#missing[@]})) || DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$${missing[@]}"
 	@cd '$(HERE)' && exec '$(VENV)/bin/python' -m pytest -q tests/packages $(ARGS)
 

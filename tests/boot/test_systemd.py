@@ -69,7 +69,8 @@ def pid(machine: DebianRoot) -> int:
 
 
 def test_the_units_are_up(machine: DebianRoot) -> None:
-    assert machine.output("systemctl", "is-enabled", "clip-shim.service", "clip-shim.socket") == "enabled\nenabled"
+    units = ("clip-shim.service", "clip-shim.socket", "clip-shim-cache-clean.timer")
+    assert machine.output("systemctl", "is-enabled", *units).split() == ["enabled"] * 3
     assert machine.unit("ActiveState") == "active"
     assert machine.unit("StatusErrno") == "0"
     status = json.loads(machine.output("clip-shim", "status", "--json"))
