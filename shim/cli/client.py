@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import closing
 from typing import Any
@@ -41,16 +40,3 @@ def _floats(value: Any) -> Any:
     if isinstance(value, list):
         return [_floats(item) for item in value]
     return float(value.text) if isinstance(value, jsontext.Number) else value
-
-
-def connect_or_start() -> client.Connection:
-    """A connection to the daemon, which is started as the wrapper would if none runs."""
-    from shim.cli.runtime_path import ensure_launcher
-    from shim.runtime import config
-    from shim.runtime.launcher import settings_path
-
-    launcher = ensure_launcher(settings.load())
-    loaded = config.load(str(settings_path(launcher)), dict(os.environb))
-    if loaded.problem is not None:
-        raise loaded.problem
-    return client.connect(loaded, dict(os.environb))

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         _check(loaded)
         print("the configuration is valid")
         return 0
-    from shim.cli.runtime_path import ensure_launcher
+    from shim.runtime_path import ensure_launcher
 
     runtime_path = str(ensure_launcher(loaded))
     if args.what == "compile":

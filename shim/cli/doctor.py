@@ -81,9 +81,9 @@ def _run(check: Check, node: Node, *, quiet: bool) -> Iterator[Result]:
 
 def _node() -> Node:
     from shim import settings
-    from shim.cli.runtime_path import daemon_command, ensure_launcher, runtime_path
     from shim.doctor.node import Node
     from shim.errors import ConfigError
+    from shim.runtime_path import daemon_command, ensure_launcher, runtime_path
 
     problem = None
     try:

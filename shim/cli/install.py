@@ -38,10 +38,10 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from shim import settings
-    from shim.cli.runtime_path import ensure_launcher
     from shim.errors import InstallError
     from shim.install.engines import ENGINES
     from shim.install.plan import Runtime
+    from shim.runtime_path import ensure_launcher
 
     path = args.runtime_path or str(ensure_launcher(settings.load()))
     if not path.startswith("/"):

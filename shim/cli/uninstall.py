@@ -20,10 +20,10 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 def run(args: argparse.Namespace) -> int:
     from shim import settings
-    from shim.cli.runtime_path import runtime_path
     from shim.errors import InstallError
     from shim.install.engines import ENGINES, users
     from shim.install.plan import Runtime
+    from shim.runtime_path import runtime_path
 
     engine = ENGINES[args.engine]
     config = (args.config or engine.config).absolute()

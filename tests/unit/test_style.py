@@ -35,6 +35,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("shim.daemon",),
     ("shim.install",),
     ("shim.doctor",),
+    ("shim.runtime_path",),
+    ("shim.attach",),
     ("shim.api",),
     ("shim.cli", "shim.__main__"),
 )
