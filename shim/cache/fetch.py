@@ -18,7 +18,7 @@ from shim.cache.layer import CachedLayer
 from shim.cache.neighbours import Neighbours
 from shim.cache.pool import FetchPool
 from shim.cache.readahead import Readahead
-from shim.cache.transfer import Job, LayerStats, OpenRange, Transfer, Waiter
+from shim.cache.transfer import Job, LayerStats, OpenRange, Pace, Transfer, Waiter
 from shim.errors import CacheError, DaemonError, ShimError
 from shim.fuse.blob import Buffer, Done
 from shim.index.model import Compression, Restart
@@ -147,18 +147,20 @@ class LazyLayer:
         if ready and not self._pool.local.submit(self, lambda: self._deliver(waiter)):
             done(DaemonError("the daemon is stopping"))
 
-    def fetch_ahead(self, spans: Iterable[int]) -> None:
+    def fetch_ahead(self, spans: Iterable[int], pace: Pace | None = None) -> Job | None:
         """Fetch what is missing of `spans` with one request, in this thread; what is there, or coming, is left alone.
 
-        Returns when they are there or have failed, which nobody hears of who does not wait for them.
+        Returns when they are there or have failed, which nobody hears of who does not wait for them: see the job's
+        `error`. None: there was nothing to do.
         """
         with self._lock:
             mine = {i for i in spans if i not in self._flights and self.cached.states[i] == states.ABSENT}
             if not mine or self._closed.is_set():
-                return
-            job = Job(self._spans.restart(min(mine)), max(mine) + 1, mine, ahead=True)
+                return None
+            job = Job(self._spans.restart(min(mine)), max(mine) + 1, mine, ahead=True, pace=pace)
             self._flights.update(dict.fromkeys(mine, job))
         self._fetch(job)
+        return job
 
     def _touched(self, spans: range) -> None:
         """Whoever records a start profile hears of a read; see `on_touch`."""

@@ -18,6 +18,8 @@ from shim.fuse.blob import Done
 from shim.index.model import Compression
 from shim.layers.inflate import inflate_spans
 
+# called with the size of each chunk that came, and how to see whether somebody waits; returns when the next may come
+Pace = Callable[[int, Callable[[], bool]], None]
 OpenRange = Callable[[int, int], AbstractContextManager[Iterable[bytes]]]
 
 _PAUSES = (0.1, 5.0)  # seconds between attempts: the first, doubling, and the longest
@@ -86,6 +88,8 @@ class Job:
     ahead: bool  # nobody waited when it was made
     local: bool = False  # hashes what is on disk; fetches nothing
     marks: set[int] = field(default_factory=set)  # spans whose first reader asks for more
+    pace: Pace | None = None  # for background work
+    error: str = ""  # why it gave spans up
 
 
 class Board(Protocol):
@@ -177,6 +181,7 @@ class Transfer:
     def _give_up(self, job: Job, error: ShimError, first: int, stop: int) -> None:
         if isinstance(error, _WRONG):
             log.error("a layer's bytes are wrong", layer=self._cached.diff_id, source=self._source, error=str(error))
+        job.error = str(error)
         self._board.failed(job, error, [span for span in job.left if first <= span < stop])
 
     def _worth_retrying(self, job: Job, error: ShimError, failures: int) -> bool:
@@ -204,7 +209,7 @@ class Transfer:
                 for low, high in ranges_of(self._spans, pieces):
                     with self._lock:
                         self.stats.requests += 1
-                    parts.append(self._counted(stack.enter_context(self._open_range(low, high))))
+                    parts.append(self._counted(job, stack.enter_context(self._open_range(low, high))))
                     yield from parts[-1]
 
             feed = Feed(chunks(), self._spans.cstart(pieces[0][0]))
@@ -218,9 +223,11 @@ class Transfer:
             for _ in parts[-1]:  # a connection whose answer was read to its end can be used again
                 pass
 
-    def _counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    def _counted(self, job: Job, chunks: Iterable[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
             with self._lock:
                 self.stats.fetched_bytes += len(chunk)
                 self.error = ""
             yield chunk
+            if job.pace is not None:
+                job.pace(len(chunk), lambda: self._board.patience(job) > 0)

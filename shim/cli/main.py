@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "mount": ("shim.cli.mount", "mount an image's tree on a directory"),
     "umount": ("shim.cli.umount", "undo `mount`"),
     "daemon": ("shim.cli.daemon", "serve lazily loaded trees"),
+    "drain": ("shim.cli.drain", "complete what is in use; say who depends on the registry"),
     "status": ("shim.cli.status", "show images, containers and layers in use"),
     "report": ("shim.cli.report", "show what a container's start read, and when"),
     "doctor": ("shim.cli.doctor", "say what is wrong with this node, and the mend"),

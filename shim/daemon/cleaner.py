@@ -16,7 +16,7 @@ from typing import Any
 from shim import log
 from shim.cache import discard
 from shim.cache import layer as states
-from shim.cache.clean import Item, Limits, Report, Shelf, clean
+from shim.cache.clean import Item, Limits, Report, Shelf, clean, disk_of
 from shim.cache.layer import CachedLayer
 from shim.cache.pins import Pins
 from shim.cache.store import cleaners_turn, entries, take_lock
@@ -255,6 +255,15 @@ class Cleaner:
         if report.done and not dry_run:
             log.info("cache cleaned", freed=report.freed, items=len(report.done), cache_bytes=report.cache_bytes)
         return report
+
+    def room(self) -> int:
+        """Bytes that the cache may grow by before the cleaner would take some away again. Raises OSError."""
+        wanted = limits(self._settings, {})
+        disk = disk_of(self._state / "cache")
+        room = disk.free - int((wanted.free_high if wanted.free_low else 0) * disk.size)
+        if wanted.max_bytes:
+            room = min(room, wanted.max_bytes - sum(item.size for item in self._shelf.items()))
+        return room
 
     def asked(self, session: Session, request: dict[str, Any], _fds: list[int]) -> Answer:
         """`{"max_bytes": …, "max_age": …, "dry_run": …}`, each of them optional: `clip-shim cache clean`."""

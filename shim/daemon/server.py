@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from shim import __version__, log
 from shim.daemon import jobs, mounter, notify, who
+from shim.daemon.background import Background
 from shim.daemon.cleaner import Cleaner
 from shim.daemon.control import Answer, ControlServer, Session
+from shim.daemon.drain import Drain
 from shim.daemon.eager import Eager
 from shim.daemon.failures import FailureLog
 from shim.daemon.layers import Layers
@@ -133,6 +135,8 @@ class Daemon:
             self._layers = Layers(settings, self._server, self._full.set)
             self._trees = Trees(settings, self._layers, self._blobs_dir)
             self._cleaner = Cleaner(settings, self._layers, self._trees)
+            self._background = Background(settings, self._layers, self._trees, self._cleaner)
+            self._drain = Drain(self._background, run)
             self._starts = Starts(self._layers, settings["report.seconds"])
             self._plan = Plan(settings, self._resolver, self._trees, Eager(settings, self._layers))
             self._control = ControlServer(
@@ -145,6 +149,7 @@ class Daemon:
                     "distrust": self._distrust,
                     "profile": self._profile,
                     "clean": self._cleaner.asked,
+                    "drain": self._drain.asked,
                     "ping": lambda *_: {"pid": os.getpid()},
                 },
                 *passed.get("control", [])[:1],
@@ -177,6 +182,7 @@ class Daemon:
         self._failures.start()
         Watchdog(self._blobs_dir, self._stopping).start()
         threads = {"accept": self._control.serve, "warm": self._warm, "housekeeping": self._housekeeping}
+        threads["background"] = self._background.loop
         threads["cleaner"] = lambda: self._cleaner.loop(self._full, self._stopping)
         for name, target in threads.items():
             threading.Thread(target=target, name=name, daemon=True).start()
@@ -216,6 +222,7 @@ class Daemon:
         """Unmount what nobody uses and end. What is in use stays mounted; its uncached reads fail until a start."""
         self._stopping.set()
         self._full.set()
+        self._background.close()
         self._control.close()
         if self._metrics is not None:
             self._metrics.close()

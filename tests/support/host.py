@@ -65,6 +65,7 @@ class Host:
             "CLIP_SHIM_STATE_DIR": str(self.state_dir),
             "CLIP_SHIM_CONFIG": str(self.base / "config.yaml"),
             "CLIP_SHIM_TRUST_PATHS": str(self.indexes),
+            "CLIP_SHIM_BACKGROUND_ENABLED": "false",  # tests count what is fetched
             "CLIP_SHIM_CACHE_FREE_LOW": "0",  # however full this machine's disk is
             "CLIP_SHIM_TRUST_REGISTRIES": "*,127.0.0.1,localhost",
             "CLIP_SHIM_FALLBACK": "lazy",  # what fails is to fail at once
