@@ -112,6 +112,8 @@ def stage_python(stage: Path, cache: Path) -> None:
     put(stage, "/usr/bin/clip-shim", f'#!/bin/sh\nexec {HOME}/bin/python3 -I -m shim "$@"\n', 0o755)
     put(stage, LIBEXEC / "clip-shim-runtime", launcher_text("/usr/bin/python3", SITE / "shim", SETTINGS), 0o755)
     put(stage, LIBEXEC / "settings-at", f"{SETTINGS}\n")
+    for name in ("clip-precreate", "clip-poststop"):
+        put(stage, LIBEXEC / name, (ROOT / "hooks" / name).read_bytes(), 0o755)
 
 
 def stage_rest(stage: Path) -> None:

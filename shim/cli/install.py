@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shim.install.plan import Plan
 
-_NAMES = ("docker", "containerd", "podman", "crio")
+_NAMES = ("docker", "containerd", "podman", "crio", "podman-hooks")
 _SHOWN = 5
 
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     config = args.config or engine.config
     plan = engine.install(config.absolute(), Runtime(args.runtime_name, path), force=args.force)
     if not plan.changes:
-        print(f"{engine.title} has the runtime {args.runtime_name} already: {config}")
+        print(f"{engine.title}: already as it should be: {config}")
     perform(plan, dry_run=args.dry_run)
     if plan.changes and not args.dry_run and plan.reload:
         print(f"now:  {plan.reload}")

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     runtime = Runtime(args.runtime_name, args.runtime_path or str(runtime_path()))
     plan = engine.uninstall(config, runtime, force=args.force)
     if not plan.changes:
-        print(f"{engine.title} has no runtime {args.runtime_name}: {config}")
+        print(f"{engine.title}: nothing of ours: {config}")
         return 0
     names = users(engine, config, runtime, settings.load().run_dir)
     if names and not args.force and not args.dry_run:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shim.errors import InstallError
-from shim.install import containerd, crio, docker, podman
+from shim.install import containerd, crio, docker, podman, podman_hooks
 from shim.install.plan import Plan, Runtime, read
 
 
@@ -54,6 +54,15 @@ ENGINES: dict[str, Engine] = {
     ),
     "podman": Engine(
         podman.TITLE, podman.CONFIG, podman.install, podman.uninstall, podman.configured, podman.users, ""
+    ),
+    "podman-hooks": Engine(
+        podman_hooks.TITLE,
+        podman_hooks.CONFIG,
+        podman_hooks.install,
+        podman_hooks.uninstall,
+        podman_hooks.configured,
+        podman_hooks.users,
+        podman_hooks.MARK,
     ),
     "crio": Engine(crio.TITLE, crio.CONFIG, crio.install, crio.uninstall, crio.configured, crio.users, ""),
 }
