@@ -52,12 +52,12 @@ SETTINGS = Path("/var/lib/clip-shim/runtime.json")
 _SUMMARY = "OCI runtime that starts any image in about a second"
 _PLATFORMS = {"x86_64": "amd64", "aarch64": "arm64"}
 _DEB_DEPENDS = [
-    "python3 (>= 3.11)", "python3-structlog", "python3-tqdm", "python3-yaml", "python3-zstandard", "runc | crun",
-    "fuse3", "ca-certificates", "libc6 (>= 2.31)",
+    "python3 (>= 3.11)", "python3-structlog", "python3-tomlkit", "python3-tqdm", "python3-yaml", "python3-zstandard",
+    "runc | crun", "fuse3", "ca-certificates", "libc6 (>= 2.31)",
 ]  # fmt: skip
 _RPM_DEPENDS = [
-    "python3 >= 3.11", "python3-structlog", "python3-tqdm", "python3-pyyaml", "python3-zstandard", "(runc or crun)",
-    "fuse3-libs", "ca-certificates",
+    "python3 >= 3.11", "python3-structlog", "python3-tomlkit", "python3-tqdm", "python3-pyyaml", "python3-zstandard",
+    "(runc or crun)", "fuse3-libs", "ca-certificates",
 ]  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def machine(packages: Path, registry_address: str, pushed: Callable[[str], str]) -> Iterator[DebianRoot]:
-    machine = DebianRoot("trixie", BOOTED)
+    machine = DebianRoot("trixie", f"{BOOTED},docker.io,docker-cli")
     try:
         (deb,) = packages.glob(f"clip-shim_{__version__}-*.deb")
         subprocess.run(
@@ -40,6 +40,10 @@ def machine(packages: Path, registry_address: str, pushed: Callable[[str], str])
         edited = config.read_text().replace("\ntrust:\n", f'\ntrust:\n  registries: ["{registry_address}"]\n')
         edited = edited.replace("\nmetrics:\n", "\nmetrics:\n  listen: unix:/run/clip-shim-metrics.sock\n")
         config.write_text(edited)
+        (machine.path / "etc/docker").mkdir(exist_ok=True)
+        docker = {"bridge": "none", "iptables": False, "ip6tables": False, "insecure-registries": [registry_address]}
+        docker["runtimes"] = {"clip": {"path": RUNTIME}}
+        (machine.path / "etc/docker/daemon.json").write_text(json.dumps(docker))
         machine.start(SYSTEMD)
         states = ("running", "degraded")
         wait_for(
@@ -143,6 +147,29 @@ def test_containerd_of_debian_13(machine: DebianRoot, registry_address: str, pus
     said = machine.output(*words, f"{registry_address}/blank:latest", "ctr1", "sha256sum", "/data/noise.bin")
     assert said.endswith("/data/noise.bin")
     assert "container started" in machine.journal("CLIP_CONTAINER=ctr1")
+
+
+def test_docker_of_debian_13(machine: DebianRoot, registry_address: str, pushed: Callable[[str], str]) -> None:
+    assert machine.output("docker", "version", "--format", "{{.Server.Version}}").startswith("26.")
+    image = pushed("blank")
+    words = ["docker", "run", "--network=none", "--runtime=clip", "--annotation", f"io.clip.index={INDEX}"]
+    said = machine.output(*words, "--rm", image, "sha256sum", "/data/noise.bin")
+    assert said.endswith("/data/noise.bin")
+    machine.run(*words, "--name", "again", image, "sh", "-c", "touch /w; cat /w; echo one >>/w")
+    assert machine.output("docker", "start", "-a", "again") == "one"
+    machine.run("systemctl", "restart", "docker.service")
+    assert machine.output("docker", "start", "-a", "again").split() == ["one", "one"]
+    machine.run("docker", "rm", "again")
+    wait_for(
+        "no container is left", lambda: not json.loads(machine.output("clip-shim", "status", "--json"))["containers"]
+    )
+
+
+def test_doctor_finds_the_service(machine: DebianRoot) -> None:
+    done = machine.run("clip-shim", "doctor", "--json", check=False)
+    assert done.returncode in (0, 1, 2), done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    assert [c for c in checks if "daemon" in c["check"] and c["status"] not in ("ok", "good", "fine")] == []
 
 
 def test_upgrade_restarts_what_runs(machine: DebianRoot, packages: Path) -> None:

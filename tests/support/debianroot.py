@@ -20,8 +20,8 @@ from tests.support.host import ROOT, disk_directory, wait_for
 
 MINIMUM = "ca-certificates,busybox-static,procps"
 BOOTED = (
-    f"{MINIMUM},systemd,systemd-sysv,dbus,python3,python3-structlog,python3-tqdm,python3-yaml,python3-zstandard,"
-    "python3-prometheus-client,runc,crun,fuse3,containerd"
+    f"{MINIMUM},systemd,systemd-sysv,dbus,python3,python3-structlog,python3-tomlkit,python3-tqdm,python3-yaml,"
+    "python3-zstandard,python3-prometheus-client,runc,crun,fuse3,containerd"
 )
 SYSTEMD = "/lib/systemd/systemd --log-target=journal"
 NEXT = "0.1.1"  # a version of the package that tests upgrade to
