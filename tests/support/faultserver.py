@@ -49,13 +49,17 @@ class Fault:
     delay: float = 0.0  # seconds before the answer
     drip: tuple[int, float] | None = None  # (bytes, seconds between them)
     drip_head: float | None = None  # seconds between the bytes of the head
-    hang: bool = False  # never answer
+    hang: bool = False  # no answer before `clear`
     hang_at: int | None = None  # stop there, connection open
     drop: bool = False  # close without an answer
     need: tuple[str, str] | None = None  # only for requests whose header matches this pattern ("" also when absent)
+    when: Callable[[], bool] | None = None  # only while this is true
     used: int = 0
+    over: threading.Event = field(default_factory=threading.Event)
 
     def matches(self, method: str, path: str, headers: http.client.HTTPMessage) -> bool:
+        if self.when is not None and not self.when():
+            return False
         if self.method not in ("*", method) or not self.path.search(path):
             return False
         return self.need is None or re.search(self.need[1], headers.get(self.need[0], "")) is not None
@@ -76,7 +80,10 @@ class Faults:
         return fault
 
     def clear(self) -> None:
+        """All is well again; connections that hang are closed."""
         with self._lock:
+            for fault in self._faults:
+                fault.over.set()
             self._faults.clear()
 
     def take(self, method: str, path: str, headers: http.client.HTTPMessage) -> Fault | None:
@@ -106,6 +113,7 @@ class FaultServer:
         upstream: str | None = None,
         *,
         address: str = "127.0.0.1",
+        port: int = 0,
         tls: Path | None = None,
         latency_ms: float = 0.0,
         bandwidth: float = 0.0,
@@ -121,7 +129,7 @@ class FaultServer:
         self.stopping = threading.Event()
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
-        self._server = _Server((address, 0), self)
+        self._server = _Server((address, port), self)
         if tls is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(tls / "server.crt", tls / "server.key")
@@ -140,6 +148,7 @@ class FaultServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stopping.set()
+        self.faults.clear()
         with self._lock:
             sockets = list(self._sockets)
         for sock in sockets:
@@ -239,7 +248,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self, fault: Fault, body: bytes) -> None:
         self._wait(fault.delay + self.owner.latency_ms / 1000)
         if fault.hang:
-            self.owner.stopping.wait(120)
+            fault.over.wait(120)
             raise _StopError
         if fault.drop:
             raise _StopError
@@ -301,6 +310,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             full["Location"] = fault.redirect if isinstance(fault.redirect, str) else fault.redirect(self.path)
         full = {k: v for k, v in full.items() if k.lower() not in {n.lower() for n in fault.headers}}
         full |= {k: v for k, v in fault.headers.items() if v is not None}
+        self.close_connection |= full.get("Connection") == "close"
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}"]
         head = "\r\n".join([*lines, *(f"{k}: {v}" for k, v in full.items()), "", ""]).encode("latin-1")
         if fault.drip_head is not None:
@@ -337,7 +347,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not stops or min(stops) > size:
             return
         if fault.hang_at is not None and fault.hang_at == stop:
-            self.owner.stopping.wait(120)
+            fault.over.wait(120)
         elif fault.reset_at is not None and fault.reset_at == stop:
             # RST instead of FIN
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
