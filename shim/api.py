@@ -47,6 +47,21 @@ class FileInfo:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class ArchiveInfo:
+    """What an archive holds. `digest` is the image's manifest (of a directory's archive: nothing that is anywhere);
+    entries: names in its tree; data_bytes: of files; archive_bytes: of the file; left_out: names that Go clip cannot
+    show, which clip-shim does."""
+
+    image: str
+    digest: str
+    platform: str
+    entries: int
+    data_bytes: int
+    archive_bytes: int
+    left_out: int
+
+
 def create_from_oci_image(
     image_ref: str,
     output_path: PathLike,
@@ -90,6 +105,107 @@ def create_from_oci_image(
     with whole_file(Path(output_path)) as out:
         out.write(data)
     return IndexInfo(**codec.summary(data))
+
+
+def create_archive(
+    output_path: PathLike,
+    image_ref: str | None = None,
+    *,
+    rootfs: PathLike | None = None,
+    platform: str | None = None,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] | None = None,
+    settings: Settings | None = None,
+) -> ArchiveInfo:
+    """Write a v1 archive, all data in it, to `output_path`, whole or not at all: of an image, straight from its
+    registry, or of the directory `rootfs`. Go clip mounts it too.
+
+    Raises UsageError (both or none given), ImageReferenceError, RegistryError, AuthError, NotFoundError,
+    IntegrityError, LayerError, StoreError (the file cannot be written).
+    """
+    from shim.archive.create import archive_image
+    from shim.archive.rootfs import archive_rootfs
+    from shim.errors import UsageError
+    from shim.index.codec import count_entries
+    from shim.registry.client import RegistryClient
+    from shim.registry.hooks import Hooks
+    from shim.registry.ref import ImageRef
+    from shim.stores.transfer import whole_file
+
+    if (image_ref is None) == (rootfs is None):
+        raise UsageError("an archive is made of an image or of a directory", hint="give a reference or a rootfs")
+    with whole_file(Path(output_path)) as out:
+        file = Path(out.name)
+        if image_ref is None:
+            assert rootfs is not None
+            made = archive_rootfs(Path(rootfs), file, progress=progress, warn=warn)
+        else:
+            hooks = Hooks() if warn is None else Hooks(warn=warn)
+            client = RegistryClient((settings or settings_module.load())["registries"], hooks=hooks)
+            try:
+                ref = ImageRef.parse(image_ref)
+                made = archive_image(ref, client, file, platform=platform, progress=progress, warn=warn)
+            finally:
+                client.close()
+    index = made.index
+    return ArchiveInfo(
+        index.image,
+        index.digest,
+        index.platform,
+        count_entries(index.tree),
+        index.layers[0].size,
+        Path(output_path).stat().st_size,
+        len(made.left_out),
+    )
+
+
+def push_archive(
+    path: PathLike,
+    url: str,
+    pointer_path: PathLike,
+    *,
+    progress: Progress | None = None,
+    settings: Settings | None = None,
+) -> str:
+    """Put an archive into S3 (`url`: s3://BUCKET/KEY) and write a small index of it to `pointer_path`, which containers
+    and Go clip mount: data then come from S3 by ranges. The URL of the archive.
+
+    Raises UsageError, IndexFormatError (no archive of `create_archive`), StoreError.
+    """
+    from shim.archive.remote import pointer
+    from shim.errors import UsageError
+    from shim.stores.s3 import options_of
+    from shim.stores.transfer import Stores, whole_file
+    from shim.stores.urls import S3Place, parse
+
+    current = settings or settings_module.load()
+    place = parse(url)
+    if not isinstance(place, S3Place):
+        raise UsageError(f"{url} is not in S3", hint="give s3://BUCKET/KEY")
+    if place.is_store:
+        place = S3Place(place.bucket, place.key + Path(path).name)
+    data = pointer(Path(path), place, options_of(current["stores.s3"], place.bucket))
+    with Stores(current) as stores:
+        stores.s3(place).put(place, Path(path), replace=True, progress=progress)
+    with whole_file(Path(pointer_path)) as out:
+        out.write(data)
+    return str(place)
+
+
+def extract_archive(
+    path: PathLike,
+    directory: PathLike,
+    *,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> int:
+    """Unpack an archive, ours or Go clip's, into `directory` (new or empty); how many names were made.
+
+    Every file's CRC-64 is checked. Raises UsageError, IndexFormatError, IntegrityError, StoreError.
+    """
+    from shim.archive.extract import extract
+
+    return extract(Path(path), Path(directory), progress=progress, warn=warn)
 
 
 def push(path: PathLike, url: str, *, progress: Progress | None = None, settings: Settings | None = None) -> str:

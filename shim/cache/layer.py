@@ -37,6 +37,12 @@ def padded(size: int) -> int:
     return (size + BLOCK - 1) // BLOCK * BLOCK
 
 
+def layer_meta(diff_id: str, table_digest: bytes, size: int) -> str:
+    """What meta.json says."""
+    facts = {"v": 1, "diff_id": diff_id, "table_digest": table_digest.hex(), "size": size}
+    return json.dumps(facts) + "\n"
+
+
 class CachedLayer:
     """The verified spans of one layer with one span table.
 
@@ -378,8 +384,7 @@ class CachedLayer:
                 os.ftruncate(fd, 0)
                 os.ftruncate(fd, self.size)
                 (self.path / "bitmap").unlink(missing_ok=True)
-                meta = {"v": 1, "diff_id": self.diff_id, "table_digest": self._table_digest.hex(), "size": self.length}
-                (self.path / "meta.json").write_text(json.dumps(meta) + "\n")
+                (self.path / "meta.json").write_text(layer_meta(self.diff_id, self._table_digest, self.length))
             else:
                 (self.path / "meta.json").touch(0o600)  # what is missing would never be cleaned
                 self.states = bytearray(ON_DISK if flag else ABSENT for flag in flags)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from shim.index.model import Spans
 FLUSH_SECONDS = 2.0
 MEMORY_BYTES = 64 << 20
 _COMPLAIN_SECONDS = 60.0
+SEED_PREFIX = ".seed-"
 _NAME = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -124,6 +126,8 @@ class LayerCache:
         self._dirty = threading.Event()
         self._closed = threading.Event()
         self._lock_fd = self._take()
+        for left in self.root.glob(f"{SEED_PREFIX}*"):  # of jobs that were killed (seed.py)
+            shutil.rmtree(left, ignore_errors=True)
         self._flusher = threading.Thread(target=self._flush_loop, name="cache-flush", daemon=True)
         self._flusher.start()
 

@@ -13,7 +13,7 @@ from shim import log
 from shim.cache.faultpoint import fault
 from shim.cache.layer import CachedLayer
 from shim.cache.ranges import Feed, pieces_of, ranges_of
-from shim.errors import DaemonError, IntegrityError, LayerError, RegistryError, ShimError
+from shim.errors import DaemonError, IntegrityError, LayerError, RegistryError, ShimError, StoreError
 from shim.fuse.blob import Done
 from shim.index.model import Compression
 from shim.layers.inflate import inflate_spans
@@ -186,9 +186,9 @@ class Transfer:
 
     def _worth_retrying(self, job: Job, error: ShimError, failures: int) -> bool:
         """Pause before the next attempt, if there is time for one."""
-        if not isinstance(error, (RegistryError, *_WRONG)):
+        if not isinstance(error, (RegistryError, StoreError, *_WRONG)):
             return False
-        passing = isinstance(error, RegistryError) and error.retryable
+        passing = isinstance(error, RegistryError | StoreError) and error.retryable
         first, longest = _PAUSES if passing else _LONG_PAUSES
         left = self._board.patience(job) - self._clock()
         if left <= first:

@@ -20,6 +20,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("shim.cli.verify", "check an index file against the registry"),
     "convert": ("shim.cli.convert", "push a thin image: an index that any engine can run"),
     "profile": ("shim.cli.profile", "put into an index what its containers read when they start"),
+    "archive": ("shim.cli.archive", "make an archive, all data in one file, of an image or a directory"),
+    "extract": ("shim.cli.extract", "unpack an archive into a directory"),
     "mount": ("shim.cli.mount", "mount an image's tree on a directory"),
     "umount": ("shim.cli.umount", "undo `mount`"),
     "daemon": ("shim.cli.daemon", "serve lazily loaded trees"),

@@ -15,6 +15,7 @@ from shim.daemon import indexjobs, jobs
 from shim.daemon.flights import Flights
 from shim.errors import IndexFormatError, ShimError, StoreError
 from shim.index import codec
+from shim.index.model import Archive
 from shim.registry.client import RegistryClient
 from shim.registry.ref import ImageRef
 from shim.settings import Settings
@@ -176,15 +177,27 @@ class ImageIndexes:
             Path(name).unlink(missing_ok=True)
 
 
-def image_of(file: int | Path) -> ImageRef:
-    """The image, by its platform's manifest, that an index file is about. Raises IndexFormatError."""
+@contextmanager
+def _mapped(file: int | Path) -> Iterator[mmap.mmap]:
     with open(file, "rb", closefd=not isinstance(file, int)) as opened:
         try:
             data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         except (ValueError, OSError) as error:
             raise IndexFormatError("the index is empty or cannot be read") from error
         with data:
-            facts = codec.summary(data)
+            yield data
+
+
+def archive_of(file: int | Path) -> Archive | None:
+    """Where the data are, if an index's are in an archive. Raises IndexFormatError."""
+    with _mapped(file) as data:
+        return codec.archive_of(data)
+
+
+def image_of(file: int | Path) -> ImageRef:
+    """The image, by its platform's manifest, that an index file is about. Raises IndexFormatError."""
+    with _mapped(file) as data:
+        facts = codec.summary(data)
     return ImageRef.parse(facts["image"], local_paths=False).with_digest(facts["digest"])
 
 

@@ -13,6 +13,10 @@ from shim.errors import ShimError
 Fill = Callable[[list[str], float], None]
 """Has the blob files of these names in the cache by that time (monotonic)."""
 
+Files = tuple[int, int]
+"""Descriptors of an index file, and of the archive that it is about if that is a local one (often the same file)."""
+LAZY = ("lazy", "")
+
 
 @dataclass(slots=True)
 class ImageTree:
@@ -32,7 +36,7 @@ class ImageTree:
     last_used: float = 0.0
     portable: PortableTree | None = None
     device: str = ""  # major:minor while it is mounted: what a wrapper must see at its path
-    step: tuple[str, str] = ("lazy", "")  # of `fallback`, that mounted it, and why not the one before
+    step: tuple[str, str] = LAZY  # of `fallback`, that mounted it, and why not the one before
 
     @property
     def image(self) -> str:

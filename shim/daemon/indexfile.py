@@ -28,27 +28,29 @@ _SETTLED_NS = 2 * 10**9  # a file changed later than this before now can change 
 
 
 def identify(fd: int, known: dict[Identity, str]) -> str:
-    """The hex of the SHA-256 of the index file open at `fd`. Raises IndexFormatError: it is none, or cannot be read.
+    """The hex of the SHA-256 of the index file open at `fd`, of our part of it.
+
+    Raises IndexFormatError: it is none, or cannot be read.
 
     known: identities of files hashed before, which is added to. A file is remembered only when it has been left alone
     for a while, since within one tick of the file system's clock it may change and keep its times.
     """
     try:
         info = os.fstat(fd)
-        identity = _identity(info)
-        found = known.get(identity)
+        now = identity(info)
+        found = known.get(now)
         if found is not None:
             return found
-        _check_form(fd, info)
+        start = _check_form(fd, info)
         hasher = sha256()
-        for piece in _pieces(fd):
+        for piece in _pieces(fd, start):
             hasher.update(piece)
         hex_ = hasher.hexdigest()
         settled = time.time_ns() - max(info.st_mtime_ns, info.st_ctime_ns) > _SETTLED_NS
-        if settled and _identity(os.fstat(fd)) == identity:
+        if settled and identity(os.fstat(fd)) == now:
             if len(known) >= _KNOWN:
                 known.clear()
-            known[identity] = hex_
+            known[now] = hex_
     except OSError as error:
         raise IndexFormatError(f"the index cannot be read: {error.strerror}") from error
     return hex_
@@ -64,8 +66,9 @@ def keep(fd: int, hex_: str, directory: Path) -> bool:
     temporary = directory.parent / f".incoming-{threading.get_ident()}"
     hasher = sha256()
     try:
+        start = _start(fd, os.fstat(fd).st_size)
         with open(temporary, "wb") as out:
-            for piece in _pieces(fd):
+            for piece in _pieces(fd, start):
                 hasher.update(piece)
                 out.write(piece)
             if hasher.hexdigest() != hex_:
@@ -95,24 +98,33 @@ def tidy(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _identity(info: os.stat_result) -> Identity:
+def identity(info: os.stat_result) -> Identity:
+    """What changes when a file does."""
     return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
 
-def _check_form(fd: int, info: os.stat_result) -> None:
+def _start(fd: int, size: int) -> int:
+    """Where our part begins: Go's parts, and an archive's data, stand before it."""
+    return container.start_of_part(lambda offset, length: os.pread(fd, length, offset), size)
+
+
+def _check_form(fd: int, info: os.stat_result) -> int:
+    """Raises IndexFormatError unless it looks like an index; where our part of it begins."""
     if not stat.S_ISREG(info.st_mode):
         raise IndexFormatError("the index must be a regular file")
-    if info.st_size > container.MAX_FILE:
+    start = _start(fd, info.st_size)
+    if info.st_size - start > container.MAX_FILE:
         raise IndexFormatError(f"the index is {info.st_size} bytes long, at most {container.MAX_FILE} are allowed")
     if os.pread(fd, _END, max(0, info.st_size - _END))[-len(container.END_MAGIC) :] != container.END_MAGIC:
         container.locate(memoryview(os.pread(fd, _END, 0)))  # raises, and says what it is instead
         raise IndexFormatError("the file is not a clip index")
+    return start
 
 
-def _pieces(fd: int) -> Iterator[bytes]:
-    offset = 0
+def _pieces(fd: int, start: int) -> Iterator[bytes]:
+    offset = start
     while piece := os.pread(fd, _PIECE, offset):
         offset += len(piece)
-        if offset > container.MAX_FILE:
+        if offset - start > container.MAX_FILE:
             raise IndexFormatError("the index grew while it was read")
         yield piece

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 from shim import log
+from shim.archive import remote
+from shim.cache.seed import Seed
 from shim.index import codec, container
 from shim.index.build import build_index
 from shim.registry.client import RegistryClient
 from shim.registry.ref import ImageRef
 from shim.settings import Settings
+from shim.stores import urls
 from shim.stores.directory import DirectoryStore
 from shim.stores.s3 import S3Store
 from shim.stores.transfer import Stores
+from shim.stores.urls import S3Place
+
+_ARCHIVED = "archive:"  # begins the tag of an archive's index
 
 
 def index_image(settings: Settings, image: ImageRef, path: str) -> str:
-    """Write the index of `image` (by its platform's manifest) to `path`; the index's own digest."""
+    """Write the index of `image` (by its platform's manifest) to `path`; the index's own digest.
+
+    All its bytes come by, and a container is about to read some: they are put into the cache.
+    """
     client = RegistryClient(settings["registries"])
+    cache = settings.state_dir / "cache"
     try:
-        index = build_index(image, client, warn=lambda line: log.warning("indexing", image=str(image), note=line))
+        index = build_index(
+            image,
+            client,
+            warn=lambda line: log.warning("indexing", image=str(image), note=line),
+            taps=lambda: Seed(cache),
+        )
     finally:
         client.close()
     return codec.write_index(path, index)
@@ -45,6 +61,16 @@ def keep_in_store(settings: Settings, url: str, image: ImageRef, path: str) -> s
 
 
 def pull_url(settings: Settings, url: str, path: str, known: str | None) -> str | None:
-    """`Stores.pull` of an index to `path`."""
+    """`Stores.pull` of an index to `path`. Of an archive its index alone comes, which says where the data are."""
+    place = urls.parse(url)
+    if isinstance(place, S3Place) and not place.is_store and (known is None or known.startswith(_ARCHIVED)):
+        with Stores(settings) as stores:
+            data = remote.read_index(stores.s3(place), place)
+        if data is not None:
+            tag = _ARCHIVED + sha256(data).hexdigest()
+            if tag == known:
+                return None
+            Path(path).write_bytes(data)
+            return tag
     with Stores(settings) as stores, open(path, "w+b") as out:
         return stores.pull(url, out, known=known, limit=container.MAX_FILE)

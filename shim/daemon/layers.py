@@ -15,12 +15,13 @@ from shim.cache.fetch import LazyLayer
 from shim.cache.pool import FetchPool
 from shim.cache.store import LayerCache, layer_name
 from shim.cache.transfer import LayerStats
+from shim.daemon import archives
 from shim.daemon.access import Access, Held
 from shim.daemon.profile import Recording
 from shim.daemon.served import ServedLayer, Source, Traffic
 from shim.daemon.trace import Listener, WatchedBlob
 from shim.daemon.trust import check_registry
-from shim.errors import CacheError, IntegrityError, RegistryError, ShimError
+from shim.errors import CacheError, IntegrityError, RegistryError, ShimError, StoreError
 from shim.fuse.blob import Waiting
 from shim.fuse.server import BlobServer
 from shim.index.spanfile import SpanFile
@@ -75,13 +76,17 @@ class Layers:
         """Import what the first fetch needs: half a second that no container should wait for."""
         import requests  # noqa: F401
 
-    def add(self, tree: str, meta: dict[str, Any], directory: Path) -> None:
-        """Serve all layers of a prepared tree. Raises TrustError or CacheError; then nothing was added for it."""
+    def add(self, tree: str, meta: dict[str, Any], directory: Path, archive: int | None = None) -> None:
+        """Serve all layers of a prepared tree. archive: the file its layer is in, if it is an archive that came with
+        the request. Raises TrustError, CacheError or IndexFormatError; then nothing was added for it."""
         ref = ImageRef.parse(meta["image"], local_paths=False)
-        check_registry(ref.registry, self._settings["trust.registries"], ref.repository)
+        place = archives.source(meta, directory, archive, self._settings)
+        if place is None:
+            check_registry(ref.registry, self._settings["trust.registries"], ref.repository)
         try:
             for number, layer in enumerate(meta["layers"]):
-                self._add(tree, number, layer, directory / f"spans.{number}", Source(ref, layer["digest"]))
+                source = Source(ref, layer["digest"], archive=place)
+                self._add(tree, number, layer, directory / f"spans.{number}", source)
         except BaseException:
             self.discard(tree)
             raise
@@ -89,6 +94,8 @@ class Layers:
     def confirm(self, meta: dict[str, Any], end: float) -> None:
         """Return when a tree's image may read its layers, which `add` has added; by `end` (monotonic). Raises
         RegistryError and its kinds, IntegrityError; the layers are still added then."""
+        if "archive" in meta:  # its place was judged, and its index is its end: there is nobody to ask
+            return
         ref = ImageRef.parse(meta["image"], local_paths=False)
         with self._lock:
             found = [(self._served[layer["blob"]], layer["digest"]) for layer in meta["layers"]]
@@ -143,7 +150,7 @@ class Layers:
                     cached=cached,
                     open_range=open_range,
                     pool=self._pool,
-                    source=source.ref.registry,
+                    source=source.place,
                     readahead=self._settings["fetch.readahead"],
                     read_deadline=self._settings["read_deadline"],
                 )
@@ -166,11 +173,11 @@ class Layers:
         for source in sources:
             client = self._client if source is sources[-1] else self._impatient
             try:
-                stream = client.open_blob(source.ref, source.digest, start, end)
+                stream = source.stream(client, start, end)
                 stream.__enter__()
-            except (RegistryError, IntegrityError) as error:
+            except (RegistryError, StoreError, IntegrityError) as error:
                 source.failed = time.monotonic()
-                if not (isinstance(trouble, RegistryError) and trouble.retryable):
+                if not (isinstance(trouble, RegistryError | StoreError) and trouble.retryable):
                     trouble = error  # one that may pass counts more than another repository's "no such blob"
                 continue
             try:
@@ -179,7 +186,7 @@ class Layers:
                 stream.report_corrupt()
                 source.failed = time.monotonic()
                 raise
-            except RegistryError:
+            except (RegistryError, StoreError):
                 source.failed = time.monotonic()
                 raise
             finally:
@@ -262,7 +269,7 @@ class Layers:
             if served is None:
                 return [], [], []
             sources = served.sources
-            registries = sorted({source.ref.registry for source in sources})
+            registries = sorted({source.place for source in sources})
             return list(reversed(served.places.items())), registries, [str(s.ref) for s in reversed(sources)]
 
     def watch(self, names: list[str], listener: Listener) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from shim import log
 from shim.daemon.eager import Eager
 from shim.daemon.imageindexes import Announce, ImageIndexes
-from shim.daemon.imagetree import Lease
+from shim.daemon.imagetree import Files, Lease
 from shim.daemon.resolve import Resolver, show
 from shim.daemon.trees import Trees
 from shim.errors import (
@@ -89,8 +89,8 @@ class Plan:
 
     def _lazy(self, request: Request, reason: str) -> Lease:
         seconds = self._settings["lazy_deadline"] if len(self._steps) > 1 else None
-        with self._resolver.open(request.source, request.value, request.fd, request.announce) as fd:
-            return self._trees.acquire(fd, seconds=seconds, step=("lazy", reason))
+        with self._resolver.open(request.source, request.value, request.fd, request.announce) as files:
+            return self._trees.acquire(files, seconds=seconds, step=("lazy", reason))
 
     def _archive(self, request: Request, reason: str) -> Lease:
         image = self._resolver.image(request.source, request.value, request.fd)
@@ -98,7 +98,7 @@ class Plan:
         if fd is None:
             raise AbsentError(f"no archive of {image or 'the image'} is known", hint="see `clip-shim build --help`")
         try:
-            return self._trees.acquire(fd, step=("archive", reason))
+            return self._trees.acquire((fd, fd), step=("archive", reason))
         finally:
             os.close(fd)
 
@@ -109,24 +109,24 @@ class Plan:
         image = self._resolver.image(request.source, request.value, request.fd)
         trouble: ShimError | None = None
         try:
-            with self._resolver.open(request.source, request.value, request.fd, request.announce) as fd:
+            with self._resolver.open(request.source, request.value, request.fd, request.announce) as files:
                 other = None if image is None else self._indexes.find(image)
                 if other is not None:
                     with open(other, "rb"):
-                        if _hash(other) != _hash(fd):
+                        if _hash(other) != _hash(files[0]):
                             log.info("another index of the image is used", image=str(image))
-                            return self._whole(other, step)
-                return self._whole(fd, step)
+                            return self._whole((other, other), step)
+                return self._whole(files, step)
         except (IndexFormatError, IntegrityError, LayerError) as error:
             if image is None:
                 raise
             trouble = error
         log.warning("the index is wrong: making another", image=str(image), error=str(trouble))
         with open(self._indexes.remake(image), "rb") as made:
-            return self._whole(made.fileno(), step)
+            return self._whole((made.fileno(), made.fileno()), step)
 
-    def _whole(self, fd: int, step: tuple[str, str]) -> Lease:
-        return self._trees.acquire(fd, seconds=self._settings["image_deadline"], fill=self._eager.fill, step=step)
+    def _whole(self, files: Files, step: tuple[str, str]) -> Lease:
+        return self._trees.acquire(files, seconds=self._settings["image_deadline"], fill=self._eager.fill, step=step)
 
 
 def _hash(fd: int) -> bytes:

@@ -2,6 +2,7 @@
 
     index.clip        the index, as it was given (written by the daemon before the job)
     spans.<n>         layer n's span table (shim/index/spanfile.py)
+    pieces, archive   of an archive: where in it the layer's bytes are, and the path of a local one
     image.erofs       the EROFS metadata image, with a seal behind it
     profile.json      the start profile, if there is one (profile.py)
     meta.json         everything else the daemon needs; written last: without it the directory counts as
@@ -23,7 +24,9 @@ import os
 import posixpath
 import struct
 import zlib
+from array import array
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +35,7 @@ from shim.daemon.profile import write_profile
 from shim.erofs.chunks import ReadLayer
 from shim.erofs.writer import write_image
 from shim.errors import CacheError, IndexFormatError
-from shim.index import codec
+from shim.index import archived, codec
 from shim.index.model import Index, Node, Tree
 from shim.index.spanfile import SpanFile, write_span_file
 
@@ -73,12 +76,19 @@ def prepare_layers(directory: str) -> dict[str, Any]:
         )
     if index.profile:
         write_profile(base, index.profile)
+    archive = index.archive
+    if archive is not None:
+        [only] = index.layers  # its digest is made of its spans', so it can be no registry's layer that is cached
+        if only.diff_id != "sha256:" + sha256(only.spans.digests).hexdigest() or only.digest != only.diff_id:
+            raise IndexFormatError("the archive's digest is not that of its spans")
+        _commit(base / "pieces", lambda out: out.write(array("Q", archived.flat(archive)).tobytes()))
     return {
         "version": META_VERSION,
         "image": index.image,
         "digest": index.digest,
         "platform": index.platform,
         "layers": layers,
+        **({} if archive is None else {"archive": archive.location}),
     }
 
 
@@ -143,7 +153,7 @@ def _is_whole(meta: dict[str, Any]) -> bool:
     kinds |= {"probes": list}
     if meta.get("version") != META_VERSION or not all(isinstance(meta.get(key), kind) for key, kind in kinds.items()):
         return False
-    return all(
+    return isinstance(meta.get("archive", ""), str) and all(
         isinstance(layer, dict) and all(isinstance(layer.get(key), str) for key in ("digest", "diff_id", "blob"))
         for layer in meta["layers"]
     )

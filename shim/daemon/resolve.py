@@ -21,7 +21,8 @@ from pathlib import Path
 from shim import log
 from shim.daemon import indexjobs, jobs
 from shim.daemon.flights import Flights
-from shim.daemon.imageindexes import Announce, ImageIndexes, image_of
+from shim.daemon.foreign import ForeignFiles
+from shim.daemon.imageindexes import Announce, ImageIndexes, archive_of, image_of
 from shim.daemon.trust import Trust
 from shim.errors import (
     AbsentError,
@@ -62,6 +63,7 @@ class Resolver:
         )
         self._oci = OciStore(self._client)
         self.indexes = ImageIndexes(settings, self._client)
+        self._foreign = ForeignFiles(settings, self._trust, self.indexes, self._pin)
         self._flights = Flights()
         self._urls = settings.state_dir / "indexes" / ".urls"
         self._tags = settings.state_dir / "indexes" / ".tags"
@@ -69,22 +71,39 @@ class Resolver:
             directory.mkdir(mode=0o700, exist_ok=True)
 
     @contextmanager
-    def open(self, source: str, value: str, fd: int | None, announce: Announce) -> Iterator[int]:
-        """A descriptor of the native index that `value` leads to, closed at the end.
+    def open(self, source: str, value: str, fd: int | None, announce: Announce) -> Iterator[tuple[int, int]]:
+        """Descriptors, closed at the end: of the native index that `value` leads to, and of the file that it was made
+        from, which is the archive if it is the index of a local one.
 
         source: where the value stood ("annotation", "bundle", "marker", "env", "mount"). fd: the file, if the wrapper
         opened one. Raises TrustError when the value leads where its source may not, and ShimError.
         """
-        own = None
+        own = []
         try:
             if fd is None:
-                fd = own = self._remote(source, value, announce)
-            if self._trust.is_narrowed(source):  # where the layers are is as much a lead as the reference itself
-                self._trust.check_registry(source, image_of(fd))
-            yield fd
+                fd = self._remote(source, value, announce)
+                own.append(fd)
+            index = self._foreign.open(source, fd, announce)
+            if index is None:
+                index = fd
+            else:
+                own.append(index)
+            self._check(source, index)
+            yield index, fd
         finally:
-            if own is not None:
-                os.close(own)
+            for each in own:
+                os.close(each)
+
+    def _check(self, source: str, index: int) -> None:
+        """Where an index says its data are is as much a lead as the reference itself."""
+        archive = archive_of(index)
+        if archive is not None:
+            if archive.location:
+                place = urls.parse(archive.location)
+                assert isinstance(place, S3Place)
+                self._trust.check_store(source, place)
+        elif self._trust.is_narrowed(source):
+            self._trust.check_registry(source, image_of(index))
 
     def image(self, source: str, value: str, fd: int | None) -> ImageRef | None:
         """The image that a value is about, by its platform's manifest, also where its index cannot be used; None: that
@@ -95,8 +114,8 @@ class Resolver:
             elif fd is not None:
                 found = image_of(fd)
             else:
-                with self.open(source, value, None, lambda _: None) as opened:
-                    return image_of(opened)
+                with self.open(source, value, None, lambda _: None) as (index, _):
+                    return image_of(index)
         except (IndexFormatError, RegistryError, StoreError):
             return None
         self._trust.check_registry(source, found)

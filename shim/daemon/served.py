@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field
 
+from shim.archive.source import ArchiveBytes
 from shim.cache.fetch import LazyLayer
+from shim.daemon.archives import ArchiveStream
 from shim.daemon.profile import Recording
 from shim.daemon.trace import WatchedBlob
 from shim.index.spanfile import SpanFile
+from shim.registry.client import RegistryClient
 from shim.registry.ref import ImageRef
+from shim.registry.stream import BlobStream
 
 _MAX_SOURCES = 16  # the latest repositories of a layer; one that serves for months sees many
 
@@ -23,10 +27,21 @@ class Source:
     ref: ImageRef
     digest: str
     failed: float = 0.0
+    archive: ArchiveBytes | None = None  # where they are instead, if the image is an archive
+
+    @property
+    def place(self) -> str:
+        """The host, for messages."""
+        return self.archive.reader.place if self.archive is not None else self.ref.registry
 
     def is_same(self, other: Source) -> bool:
         """Whether it is the same blob of the same repository, whatever the tag."""
-        return (self.ref.name, self.digest) == (other.ref.name, other.digest)
+        return (self.place, self.ref.name, self.digest) == (other.place, other.ref.name, other.digest)
+
+    def stream(self, client: RegistryClient, start: int, end: int) -> BlobStream | ArchiveStream:
+        if self.archive is not None:
+            return ArchiveStream(self.archive, start, end)
+        return client.open_blob(self.ref, self.digest, start, end)
 
 
 @dataclass(frozen=True, slots=True)

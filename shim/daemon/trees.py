@@ -13,7 +13,7 @@ from typing import Any
 from shim import log
 from shim.cache import discard
 from shim.daemon import indexfile, jobs, mounter, prepare
-from shim.daemon.imagetree import Fill, ImageTree, Lease
+from shim.daemon.imagetree import LAZY, Files, Fill, ImageTree, Lease
 from shim.daemon.layers import Layers
 from shim.daemon.overlays import is_used, overlays, tree_users
 from shim.daemon.portable import PortableTree
@@ -76,16 +76,16 @@ class Trees:
             return self._tier
 
     def acquire(
-        self, fd: int, *, seconds: float | None = None, fill: Fill | None = None, step: tuple[str, str] = ("lazy", "")
+        self, files: Files, *, seconds: float | None = None, fill: Fill | None = None, step: tuple[str, str] = LAZY
     ) -> Lease:
-        """A lease on the mounted tree of the index file open at `fd`. Raises ShimError; nothing is left half made.
+        """A lease on the mounted tree of an index file. Raises ShimError; nothing is left half made.
 
         seconds: how long it may take, by default nine tenths of `mount_deadline`, and no longer unless there is a fill.
         fill: brings the layers that are served into the cache before the mount. step: of `fallback`, and why.
         """
         timings: dict[str, float] = {}
         started = time.monotonic()
-        hex_ = indexfile.identify(fd, self._known)
+        hex_ = indexfile.identify(files[0], self._known)
         timings["index"] = _ms(started)
         with self._lock:
             if self._closing:
@@ -95,7 +95,7 @@ class Trees:
         try:
             usual = _SHARE * self._settings["mount_deadline"]
             share = usual if seconds is None else seconds if fill is not None else min(seconds, usual)
-            meta = self._ensure_mounted(tree, fd, started, started + share, timings, fill, step)
+            meta = self._ensure_mounted(tree, files, started, started + share, timings, fill, step)
         except BaseException:
             self._release(tree)
             raise
@@ -128,7 +128,7 @@ class Trees:
     def _ensure_mounted(
         self,
         tree: ImageTree,
-        fd: int,
+        files: Files,
         asked: float,
         end: float,
         timings: dict[str, float],
@@ -147,7 +147,7 @@ class Trees:
                     raise copy.copy(tree.failed[1])
                 began = time.monotonic()
                 try:
-                    tree.meta = self._mount(tree, fd, end, timings, fill)
+                    tree.meta = self._mount(tree, files, end, timings, fill)
                     tree.step = step
                 except ShimError as error:
                     tree.failed = (began, copy.copy(error))  # without its traceback, which holds what was open
@@ -174,7 +174,7 @@ class Trees:
         self._layers.discard(tree.hex)
 
     def _mount(
-        self, tree: ImageTree, fd: int, end: float, timings: dict[str, float], fill: Fill | None
+        self, tree: ImageTree, files: Files, end: float, timings: dict[str, float], fill: Fill | None
     ) -> dict[str, Any]:
         """tree.lock is held: prepare, add the layers, fill them, mount."""
         directory = self._state / tree.hex
@@ -186,7 +186,7 @@ class Trees:
                 hint="restart the daemon: containers that read lazily now lose what is not cached",
             )
         tier, _ = self.tier()
-        meta = self._prepare(tree, fd, tier, end)
+        meta = self._prepare(tree, files, tier, end)
         timings["prepare"] = _ms(started)
         try:
             started = time.monotonic()
@@ -215,22 +215,22 @@ class Trees:
         log.info("tree mounted", image=meta["image"], index=tree.hex, tier=tier, timings=timings)
         return meta
 
-    def _prepare(self, tree: ImageTree, fd: int, tier: str, end: float) -> dict[str, Any]:
+    def _prepare(self, tree: ImageTree, files: Files, tier: str, end: float) -> dict[str, Any]:
         """The meta of a prepared tree, its layers served. What was kept and is damaged is made again, once."""
         directory = self._state / tree.hex
         while True:
-            fresh = indexfile.keep(fd, tree.hex, directory)
+            fresh = indexfile.keep(files[0], tree.hex, directory)
             meta = None if fresh else prepare.read_meta(directory)
             try:
                 if meta is not None:
-                    self._serve_layers(tree, meta, directory)
+                    self._serve_layers(tree, meta, directory, files[1])
                     return meta
                 log.info("preparing a tree", index=tree.hex)
                 prepare.begin(directory)
                 shape = jobs.Started(_left(end), prepare.prepare_tree, str(directory), tier != "fuse")
                 try:
                     meta = jobs.run(_left(end), prepare.prepare_layers, str(directory))
-                    self._serve_layers(tree, meta, directory)
+                    self._serve_layers(tree, meta, directory, files[1])
                 finally:
                     shape.wait()
                 meta |= shape.result()
@@ -243,8 +243,8 @@ class Trees:
                     raise
                 log.warning("what was kept of an index is damaged; making it again", index=tree.hex, error=str(error))
 
-    def _serve_layers(self, tree: ImageTree, meta: dict[str, Any], directory: Path) -> None:
-        self._layers.add(tree.hex, meta, directory)
+    def _serve_layers(self, tree: ImageTree, meta: dict[str, Any], directory: Path, archive: int) -> None:
+        self._layers.add(tree.hex, meta, directory, archive)
         self._profiles.begin(tree.hex, meta)
 
     def profile(self, hex_: str) -> Profile:

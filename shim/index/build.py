@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Protocol
 
 from shim.errors import IntegrityError, LayerError, RegistryError, ShimError, UsageError
 from shim.index.merge import TreeMerger
@@ -36,6 +37,16 @@ class ScannedLayer:
     entries: list[TarEntry]
 
 
+class Tap(Protocol):
+    """Gets a layer's uncompressed bytes in order, then, if they were all and right, what the layer is; then closed."""
+
+    def write(self, data: memoryview) -> None: ...
+
+    def keep(self, layer: Layer) -> bool: ...
+
+    def close(self) -> None: ...
+
+
 def build_index(
     ref: ImageRef,
     client: RegistryClient,
@@ -44,10 +55,12 @@ def build_index(
     checkpoint_mib: int = DEFAULT_CHECKPOINT_MIB,
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
+    taps: Callable[[], Tap] | None = None,
 ) -> Index:
     """The index of the image that `ref` names, for `platform` (os/arch[/variant]; None: the host's).
 
-    checkpoint_mib: uncompressed MiB between restart points, 1 to 64. warn: gets a line about what was left out.
+    checkpoint_mib: uncompressed MiB between restart points, 1 to 64. warn: gets a line about what was left out. taps:
+    makes one for each layer that is streamed.
     Raises RegistryError for what is no image; IntegrityError, naming the layer, when bytes are not what manifest and
     config promise; LayerError, naming the layer, when they are no layer. Bytes are verified before they are believed.
     """
@@ -57,7 +70,7 @@ def build_index(
     diff_ids = read_diff_ids(manifest.config_raw, len(manifest.layers))
     merger = TreeMerger()
     layers: list[Layer] = []
-    with closing(scan_layers(ref, client, manifest.layers, checkpoint_mib << 20, progress)) as scans:
+    with closing(scan_layers(ref, client, manifest.layers, checkpoint_mib << 20, progress, taps)) as scans:
         for number, scanned in enumerate(scans):
             if scanned.result.diff_id != diff_ids[number]:
                 raise IntegrityError(
@@ -109,7 +122,12 @@ def layer_name(number: int, layers: Sequence[Descriptor]) -> str:
 
 
 def scan_layers(
-    ref: ImageRef, client: RegistryClient, layers: Sequence[Descriptor], spacing: int, progress: Progress | None
+    ref: ImageRef,
+    client: RegistryClient,
+    layers: Sequence[Descriptor],
+    spacing: int,
+    progress: Progress | None,
+    taps: Callable[[], Tap] | None = None,
 ) -> Generator[ScannedLayer, None, None]:
     """Stream and scan `layers`, a few at a time, and give them in order; one that is named twice is streamed once.
 
@@ -117,7 +135,7 @@ def scan_layers(
     Raises LayerError, IntegrityError (each naming the layer) and RegistryError.
     """
     check_layers(layers)
-    scan = _Scan(ref, client, layers, spacing, progress)
+    scan = _Scan(ref, client, layers, spacing, progress, taps)
     uses = Counter(layer.digest for layer in layers)
     try:
         scan.start()
@@ -154,7 +172,9 @@ class _Scan:
         layers: Sequence[Descriptor],
         spacing: int,
         progress: Progress | None,
+        taps: Callable[[], Tap] | None,
     ) -> None:
+        self._taps = taps
         self.stopped = threading.Event()
         self.done: dict[str, ScannedLayer] = {}
         self._ref = ref
@@ -208,12 +228,26 @@ class _Scan:
         raise AssertionError("unreachable")
 
     def _stream(self, number: int) -> ScannedLayer:
+        if self._taps is None:
+            return self._scan(number, None)
+        with closing(self._taps()) as tap:
+            scanned = self._scan(number, tap)
+            tap.keep(layer_of(self._layers[number], scanned.result))
+            return scanned
+
+    def _scan(self, number: int, tap: Tap | None) -> ScannedLayer:
         layer = self._layers[number]
         walker = TarWalker()
         counted = 0
+
+        def both(view: memoryview) -> None:
+            assert tap is not None
+            walker.feed(view)
+            tap.write(view)
+
         with (
             self._client.open_blob(self._ref, layer.digest, 0, layer.size) as stream,
-            LayerScanner(None, self._spacing, walker.feed) as scanner,
+            LayerScanner(None, self._spacing, walker.feed if tap is None else both) as scanner,
         ):
             try:
                 for chunk in stream:

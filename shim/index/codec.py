@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from shim.errors import IndexFormatError
-from shim.index import container, profile, spancodec, treecodec
+from shim.index import archived, container, profile, spancodec, treecodec
 from shim.index.container import Container
-from shim.index.model import Compression, Index, Layer, Node, Restart, SpanTable, Tree
+from shim.index.model import Archive, Compression, Index, Layer, Node, Restart, SpanTable, Tree
 from shim.index.sparse import SparseWindows
 from shim.index.validate import MAX_CONFIG, MAX_LAYERS, validate_head, validate_index, validate_spans, validate_tree
 
@@ -31,6 +31,7 @@ TREE = b"TREE"
 SPANS = b"SPAN"
 WINDOWS = b"WIND"
 PROFILE = b"PROF"  # the one that is optional: absent without a start profile
+ARCHIVE = b"DATA"
 LIMITS = {
     META: 1 << 20,
     CONFIG: MAX_CONFIG,
@@ -38,6 +39,7 @@ LIMITS = {
     SPANS: spancodec.MAX_SPAN_RAW,
     WINDOWS: spancodec.MAX_WINDOW_RAW,
     PROFILE: profile.MAX_RAW,
+    ARCHIVE: archived.MAX_RAW,
 }
 _LAYER_KEYS = ("digest", "diff_id", "media_type", "size", "uncompressed_size", "compression")
 
@@ -71,6 +73,9 @@ def raw_sections(index: Index) -> dict[bytes, bytes]:
     }
     if index.profile:
         sections[PROFILE] = profile.encode(index.profile)
+    if index.archive is not None:
+        archived.validate_archive(index)
+        sections[ARCHIVE] = archived.encode_archive(index.archive)
     for tag, raw in sections.items():
         if len(raw) > LIMITS[tag]:
             raise IndexFormatError(f"the image is too large: section {tag.decode()} would take {len(raw)} bytes")
@@ -123,6 +128,16 @@ def summary(data: Data) -> dict[str, Any]:
             "index_bytes": len(flat),
             "seek_points": meta["seek_points"],
         }
+
+
+def archive_of(data: Data) -> Archive | None:
+    """Where the data are, if an index's are in an archive; little is read. Raises IndexFormatError."""
+    with memoryview(data) as view, view.cast("B") as flat:
+        box = container.parse(flat, frozenset(LIMITS))
+        try:
+            return _read_head(box)[0].archive if ARCHIVE in box.sections else None
+        finally:
+            box.view.release()
 
 
 def write_index(path: str | os.PathLike[str], index: Index) -> str:
@@ -246,6 +261,9 @@ def _read_head(box: Container) -> tuple[Index, dict[str, Any]]:
         checkpoint_mib=_get(meta, "checkpoint_mib", int),
     )
     validate_head(index)
+    if ARCHIVE in box.sections:
+        index.archive = archived.decode_archive(box.read(ARCHIVE, LIMITS[ARCHIVE]))
+        archived.validate_archive(index)
     return index, meta
 
 

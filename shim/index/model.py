@@ -224,6 +224,19 @@ class Layer:
 
 
 @dataclass(slots=True)
+class Archive:
+    """Where the bytes of an index's only layer lie, if in no registry: in the file whose end the index is (location
+    ""), or in an object ("s3://BUCKET/KEY").
+
+    pieces: (offset in the layer, offset in the archive, length), both ascending and disjoint; what is in no piece is
+    zeros.
+    """
+
+    location: str
+    pieces: list[tuple[int, int, int]]
+
+
+@dataclass(slots=True)
 class Index:
     """A whole index. `image` is the canonical reference it was made from, without digest (registry/repository:tag);
     `digest` the manifest digest of the chosen platform; `config` the raw image config, byte for byte."""
@@ -237,3 +250,4 @@ class Index:
     checkpoint_mib: int = 2
     profile: tuple[tuple[int, int], ...] = ()
     """The start profile: (layer, span) of what a container's start read, in the order of the first reads."""
+    archive: Archive | None = None

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -117,6 +118,35 @@ class S3Store:
         except _UnchangedError:
             return None
 
+    @contextmanager
+    def stream(self, place: S3Place, start: int, end: int) -> Iterator[Iterator[bytes]]:
+        """Bytes [start, end) of an object in chunks; fewer if it is shorter. Iterating raises StoreError too."""
+        if start >= end:
+            yield iter(())
+            return
+        more = {"Range": f"bytes={start}-{end - 1}"}
+        body = self._call(
+            str(place), lambda: self._client().get_object(Bucket=place.bucket, Key=place.key, **more)["Body"]
+        )
+        chunks = body.iter_chunks(_CHUNK)
+
+        def read() -> Iterator[bytes]:
+            while (chunk := self._once(str(place), lambda: next(chunks, b""))) != b"":
+                yield chunk
+
+        try:
+            yield read()
+        finally:
+            body.close()
+
+    def read(self, place: S3Place, offset: int, length: int) -> bytes:
+        """`length` bytes of an object from `offset` on. Raises AbsentError, StoreError (also when it is shorter)."""
+        with self.stream(place, offset, offset + length) as chunks:
+            data = b"".join(chunks)
+        if len(data) != length:
+            raise StoreError(f"{place} is shorter than it was", retryable=True)
+        return data
+
     def put(self, place: S3Place, file: Path, *, replace: bool = False, progress: Progress | None = None) -> bool:
         """Store `file`; False if there is an object already, which stays. replace: it does not."""
         size = file.stat().st_size
@@ -199,11 +229,15 @@ class S3Store:
                 self._made = _make_client(self._options)
             return self._made
 
-    def _call(self, what: str, work: Callable[[], T]) -> T:
+    def _once(self, what: str, work: Callable[[], T]) -> T:
+        """`_call` for what cannot be done twice."""
+        return self._call(what, work, attempts=1)
+
+    def _call(self, what: str, work: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
         """Do `work`; botocore's errors become ours. It retries by itself, but not a body that broke off."""
         from botocore import exceptions as botocore
 
-        for attempt in range(1, _ATTEMPTS + 1):
+        for attempt in range(1, attempts + 1):
             try:
                 return work()
             except botocore.ClientError as error:
@@ -213,7 +247,7 @@ class S3Store:
             except botocore.ConnectionError as error:
                 raise StoreError(f"{what}: {self._where()} cannot be reached", retryable=True) from error
             except (botocore.HTTPClientError, botocore.IncompleteReadError) as error:
-                if attempt == _ATTEMPTS:
+                if attempt == attempts:
                     raise StoreError(f"{what}: {self._where()} cut the answer short", retryable=True) from error
             except (botocore.BotoCoreError, ValueError) as error:
                 raise StoreError(f"{what}: {type(error).__name__}: {error}") from None

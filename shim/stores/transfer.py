@@ -133,8 +133,11 @@ def look(file: Path) -> FileFacts:
         head = opened.read(len(container.GO_MAGIC))
         opened.seek(max(0, size - len(container.END_MAGIC)))
         tail = opened.read()
-    if tail == container.END_MAGIC and (size <= container.MAX_FILE or head != container.GO_MAGIC):
-        facts = codec.summary(codec.read_file(file))
+    if tail == container.END_MAGIC:
+        data = codec.read_file(file)
+        if codec.decode(data, tree=False, spans=False).archive is not None:
+            return FileFacts("archive", None, size)
+        facts = codec.summary(data)
         image = ImageRef.parse(facts["image"], local_paths=False).with_digest(facts["digest"])
         return FileFacts("index", image, size)
     if head == container.GO_MAGIC:

@@ -85,7 +85,7 @@ def test_mutated_files() -> None:
     assert accepted < 50
 
 
-@pytest.mark.parametrize("tag", list(codec.LIMITS))
+@pytest.mark.parametrize("tag", [tag for tag in codec.LIMITS if tag != codec.ARCHIVE])
 def test_mutated_sections_with_right_hashes(tag: bytes) -> None:
     """The same inside a section, hashes made right: the code behind them is reached, and holds."""
     rng = random.Random(tag)

@@ -30,6 +30,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("shim.index.merge", "shim.index.build"),
     ("shim.cache",),
     ("shim.stores",),
+    ("shim.archive",),
     ("shim.thin",),
     ("shim.tree",),
     ("shim.daemon",),
