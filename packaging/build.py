@@ -23,6 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -112,6 +113,10 @@ def stage_python(stage: Path, cache: Path) -> None:
     put(stage, "/usr/bin/clip-shim", f'#!/bin/sh\nexec {HOME}/bin/python3 -I -m shim "$@"\n', 0o755)
     put(stage, LIBEXEC / "clip-shim-runtime", launcher_text("/usr/bin/python3", SITE / "shim", SETTINGS), 0o755)
     put(stage, LIBEXEC / "settings-at", f"{SETTINGS}\n")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for place, names in project["tool"]["setuptools"].get("data-files", {}).items():
+        for name in names:
+            put(stage, HOME / place / Path(name).name, (ROOT / name).read_bytes(), (ROOT / name).stat().st_mode & 0o755)
     for name in ("clip-precreate", "clip-poststop"):
         put(stage, LIBEXEC / name, (ROOT / "hooks" / name).read_bytes(), 0o755)
 
@@ -133,8 +138,10 @@ def stage_rest(stage: Path) -> None:
     put(stage, doc / "CONFIGURATION.md", generate.reference())
     put(stage, doc / "OPERATIONS.md", (ROOT / "systemd/README.md").read_bytes())
     put(stage, doc / "changelog.gz", gzip.compress((ROOT / "CHANGELOG.md").read_bytes(), mtime=0))
-    for path in sorted((ROOT / "packaging/monitoring").iterdir()):
-        put(stage, f"/usr/share/clip-shim/monitoring/{path.name}", path.read_bytes())
+    for kind in ("monitoring", "kubernetes"):
+        for path in sorted((ROOT / "packaging" / kind).rglob("*")):
+            if path.is_file():
+                put(stage, f"/usr/share/clip-shim/{path.relative_to(ROOT / 'packaging')}", path.read_bytes())
 
 
 def _copyright() -> str:

@@ -23,6 +23,8 @@ def test_the_deb_is_built_and_its_launcher_runs(disk_path: Path) -> None:
             assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
     for name in ("clip-shim.service", "clip-shim.socket", "clip-shim-cache-clean.timer"):
         assert (root / "usr/lib/systemd/system" / name).is_file()
+    for name in ("clip-precreate", "clip-poststop"):
+        assert (root / HOME / "libexec/clip-shim" / name).stat().st_mode & 0o777 == 0o755
     # /usr of the package over this machine's, in a mount namespace that ends with the command
     upper, work = root / "usr", disk_path / "work"
     work.mkdir()
