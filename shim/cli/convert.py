@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shim.cli.index import print_warning
@@ -39,6 +40,12 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument(
         "--max-volume-mib", metavar="N", type=int, default=256, help="MiB of such content allowed (default 256)"
     )
+    parser.add_argument(
+        "--index",
+        metavar="FILE",
+        type=Path,
+        help="the image's index, made before and perhaps with a start profile: it is not indexed again",
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.set_defaults(run=run)
 
@@ -47,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from shim import settings
     from shim.cli.progress import Progress
     from shim.errors import UsageError
+    from shim.index import codec
     from shim.registry.client import RegistryClient
     from shim.registry.hooks import Hooks
     from shim.registry.ref import ImageRef
@@ -56,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--max-volume-mib is negative")
     if relative := [path for path in args.volume if not path.startswith("/")]:
         raise UsageError(f"--volume {relative[0]}: the path of a directory in the image begins with /")
+    given = codec.read_file(args.index) if args.index is not None else None
     ref, target = ImageRef.parse(args.ref), ImageRef.parse(args.thin)
     started = time.monotonic()
     client = RegistryClient(settings.load()["registries"], hooks=Hooks(warn=print_warning))
@@ -68,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
                 platform=args.platform,
                 volumes=args.volume,
                 max_volume_bytes=args.max_volume_mib << 20,
+                index_file=given,
                 progress=progress.update,
                 warn=print_warning,
             )

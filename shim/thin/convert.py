@@ -14,6 +14,7 @@ from typing import IO, Any, BinaryIO, cast
 from shim.errors import UsageError
 from shim.index import codec
 from shim.index.build import Progress, build_index
+from shim.index.model import Index
 from shim.registry import manifest as manifests
 from shim.registry import platform as platforms
 from shim.registry.client import Descriptor, Document, Manifest, RegistryClient
@@ -62,6 +63,7 @@ def convert(
     platform: str | None = None,
     volumes: Sequence[str] = (),
     max_volume_bytes: int = MAX_VOLUME_BYTES,
+    index_file: bytes | None = None,
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Converted:
@@ -69,8 +71,10 @@ def convert(
 
     platform: os/arch[/variant] (None: the host's); several with commas between, or "all" (Linux), give an image index.
     volumes: directories whose content the thin image is to have beside that of the declared volumes: engines copy it
-    into new named volumes. Raises UsageError, and what `build_index` and `Pusher` raise. Nothing of `target` is
-    replaced before all is pushed.
+    into new named volumes. index_file: the image's index that is there already, with its start profile if it has one,
+    whose bytes become the thin image's; nothing is indexed then. Nothing of `target` is replaced before all is pushed.
+
+    Raises UsageError, and what `build_index`, `codec.decode` and `Pusher` raise.
     """
     if target.digest is not None or target.tag is None:
         raise UsageError(f"{target}: a thin image is pushed under a tag", hint="leave the digest out")
@@ -79,6 +83,8 @@ def convert(
             f"{target} is the image itself: its tag would be lost, and what has no tag a registry may delete",
             hint=f"choose another name or tag, for example {target.name}:{target.tag}-thin",
         )
+    if index_file is not None and (platform == ALL or "," in (platform or "")):
+        raise UsageError("one index is of one platform", hint="convert the platforms one by one, each to its own tag")
     pusher = Pusher(client)
     document = client.manifest(ref)
     pinned = ref.with_digest(document.digest)
@@ -90,7 +96,17 @@ def convert(
         pusher.has_blob(target, manifest.config.digest)  # before hours of work: may we push there at all?
         where = replace(target, tag=None) if several else target
         image = _convert_one(
-            pinned, one, manifest, where, client, pusher, volumes, max_volume_bytes, progress, warn or (lambda _: None)
+            pinned,
+            one,
+            manifest,
+            where,
+            client,
+            pusher,
+            index_file,
+            volumes,
+            max_volume_bytes,
+            progress,
+            warn or (lambda _: None),
         )
         made.append((image, manifest))
     digest = made[0][0].digest
@@ -119,17 +135,21 @@ def _convert_one(
     target: ImageRef,
     client: RegistryClient,
     pusher: Pusher,
+    index_file: bytes | None,
     volumes: Sequence[str],
     max_volume_bytes: int,
     progress: Progress | None,
     warn: Callable[[str], None],
 ) -> ThinImage:
     declared = volumes_of(manifest.config_raw)
-    index = build_index(ref, client, platform=platform, progress=progress, warn=warn)
+    if index_file is not None:
+        index, marker = _given(index_file, ref, manifest)
+    else:
+        index = build_index(ref, client, platform=platform, progress=progress, warn=warn)
+        marker = codec.encode(index)
     skeleton = select(index.tree, [*declared, *map(clean, volumes)], max_volume_bytes)
     for note in skeleton.notes:
         warn(note)
-    marker = codec.encode(index)
     with tempfile.TemporaryFile() as spooled, tempfile.NamedTemporaryFile(prefix="clip-thin-") as packed:
         spool = Spool(cast(BinaryIO, spooled))
         spool.fetch(index, ref, client, skeleton.files)
@@ -157,6 +177,25 @@ def _convert_one(
         len(skeleton.entries),
         skeleton.content_bytes,
     )
+
+
+def _given(data: bytes, ref: ImageRef, manifest: Manifest) -> tuple[Index, bytes]:
+    """(index, its file) out of an index file that must be the image's. The file stays as it is, if it can: the daemon
+    knows an index, and what its containers read, by the file's hash. Raises IndexFormatError and UsageError."""
+    index = codec.decode(data)
+    digests = [layer.digest for layer in manifest.layers]
+    if (index.digest, index.config) != (manifest.digest, manifest.config_raw) or digests != [
+        layer.digest for layer in index.layers
+    ]:
+        raise UsageError(
+            f"the index is of {index.image}@{index.digest}, and {ref.image} for {manifest.platform} is"
+            f" {manifest.digest}",
+            hint="leave --index out, then the image is indexed now",
+        )
+    if index.image == ref.image:
+        return index, data
+    index = replace(index, image=ref.image)
+    return index, codec.encode(index)
 
 
 def _image_index(document: Document, made: list[tuple[ThinImage, Manifest]]) -> tuple[bytes, str]:

@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ CONFIG = {
     "history": [{"created_by": "ADD"}, {"created_by": "ENV", "empty_layer": True}, {"created_by": "COPY"}],
     "unknown": [1, {"x": None}],
 }
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 DOCKER = "application/vnd.docker."
 
 
@@ -195,6 +197,32 @@ def test_several_platforms(registry: Registry, clip: Clip) -> None:
             parts = (entry["platform"]["os"], entry["platform"]["architecture"], entry["platform"].get("variant"))
             assert "/".join(filter(None, parts)) == name
             assert content(pulled(registry, "multi", entry["digest"])[2])["etc/passwd"] == name.encode()
+
+
+def test_an_index_that_is_there_is_taken_with_its_profile(registry: Registry, clip: Clip, tmp_path: Path) -> None:
+    ref, path = registry.ref("app", "1.0"), tmp_path / "app.clip"
+    clip.done("index", ref, "-o", str(path))
+    codec.write_index(path, replace(codec.read_index(path), profile=((0, 1), (1, 0))))
+    before = registry.ref("thin/app", "without")
+    plain = clip.convert(ref, before)
+    given = clip.convert(ref, registry.ref("thin/app", "given"), "--index", str(path))
+    assert plain["digest"] != given["digest"]
+    found = content(pulled(registry, "thin/app", "given")[2])
+    assert found.pop(".clip/index.clip") == path.read_bytes()
+    plainly = content(pulled(registry, "thin/app", "without")[2])
+    del plainly[".clip/index.clip"]
+    assert found == plainly
+    registry.push_manifest("app", "same", registry.get("/v2/app/manifests/1.0", "app")[1], OCI_MANIFEST)
+    clip.convert(registry.ref("app", "same"), registry.ref("thin/app", "same"), "--index", str(path))
+    index = codec.decode(content(pulled(registry, "thin/app", "same")[2])[".clip/index.clip"])
+    assert (index.image, index.profile) == (registry.ref("app", "same"), ((0, 1), (1, 0)))
+    registry.push_image("app", "changed", [gzip.compress(LAYER)], config=CONFIG)
+    for args, said in (
+        ([registry.ref("app", "changed"), before, "--index", str(path)], "the index is of"),
+        ([ref, before, "--index", str(path), "--platform", "all"], "one index is of one platform"),
+    ):
+        assert said in clip.done("convert", *args, code=2)[1]
+    assert "x.clip" in clip.done("convert", ref, before, "--index", "x.clip", code=1)[1]
 
 
 def test_refused_with_a_reason_and_nothing_pushed(registry: Registry, clip: Clip) -> None:
