@@ -33,6 +33,6 @@ def test_the_deb_is_built_and_its_launcher_runs(disk_path: Path) -> None:
     done = subprocess.run(["unshare", "-m", "sh", "-c", over + f"{launcher} --version"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("runc version")
-    isolated = f"/{HOME}/bin/python3 -I -c 'import sys, shim.cli.main, isal.igzip_lib; print(sys.prefix)'"
+    isolated = f"/{HOME}/bin/python3 -I -c 'import sys, shim.cli.main, fastcrc, isal.igzip_lib; print(sys.prefix)'"
     done = subprocess.run(["unshare", "-m", "sh", "-c", over + isolated], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == (f"/{HOME}\n", "")
