@@ -208,6 +208,36 @@ def extract_archive(
     return extract(Path(path), Path(directory), progress=progress, warn=warn)
 
 
+def verify_archive(
+    path: PathLike, *, progress: Progress | None = None, settings: Settings | None = None
+) -> list[str] | None:
+    """Read the data of an archive, or of a pointer to one, through; what is wrong with them, one line each. None: the
+    file is the index of an image whose layers are in a registry. Raises IndexFormatError, StoreError."""
+    import os
+
+    from shim.archive.check import check_archive
+    from shim.archive.source import FileReader, Reader, S3Reader
+    from shim.index import codec
+    from shim.stores.transfer import Stores
+    from shim.stores.urls import S3Place, parse
+
+    index = codec.read_index(path)
+    if index.archive is None:
+        return None
+    if index.archive.location:
+        place = parse(index.archive.location)
+        assert isinstance(place, S3Place)
+        with Stores(settings or settings_module.load()) as stores:
+            reader: Reader = S3Reader(stores.s3(place), place)
+            return check_archive(index, reader, progress=progress)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        reader = FileReader(fd)
+    finally:
+        os.close(fd)
+    return check_archive(index, reader, progress=progress)
+
+
 def push(path: PathLike, url: str, *, progress: Progress | None = None, settings: Settings | None = None) -> str:
     """Store an index or archive; the URL it can be had at. URLs: see shim/stores/urls.py.
 

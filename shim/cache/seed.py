@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -23,13 +24,16 @@ class Seed:
     Crashes: what a killed process left is removed when the daemon next takes the cache.
     """
 
-    def __init__(self, root: Path) -> None:
-        """root: STATE/cache."""
+    def __init__(self, root: Path, free_low: float = 0.0) -> None:
+        """root: STATE/cache. free_low: `cache.free_low`; with less of the disk free the cleaner would take it away."""
         self._root = root
         self.failed: OSError | None = None
         self._fd = -1
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            disk = os.statvfs(root)
+            if disk.f_bavail < free_low * disk.f_blocks:
+                raise OSError(errno.ENOSPC, "the disk is nearly full")
             self._directory = Path(tempfile.mkdtemp(prefix=SEED_PREFIX, dir=root))
             self._fd = os.open(self._directory / "data", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:

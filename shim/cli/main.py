@@ -17,7 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "inspect": ("shim.cli.inspect", "say what an index file holds"),
     "push": ("shim.cli.push", "store an index or archive: directory, S3, registry"),
     "pull": ("shim.cli.pull", "fetch an index or archive from a store"),
-    "verify": ("shim.cli.verify", "check an index file against the registry"),
+    "verify": ("shim.cli.verify", "check an index file against the registry, an archive against its data"),
     "convert": ("shim.cli.convert", "push a thin image: an index that any engine can run"),
     "profile": ("shim.cli.profile", "put into an index what its containers read when they start"),
     "archive": ("shim.cli.archive", "make an archive, all data in one file, of an image or a directory"),

@@ -64,7 +64,7 @@ def index_archive(settings: Settings, path: str, place: files.S3Place | None, ou
     store = S3Store(where, options_of(settings["stores.s3"], place.bucket))
     data = remote.read_index(store, where)
     if data is None:
-        seed = Seed(settings.state_dir / "cache")
+        seed = Seed(settings.state_dir / "cache", settings["cache.free_low"])
         try:
             size = store.size(where) or 0
             source = S3Reader(store, where)

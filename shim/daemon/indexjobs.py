@@ -34,7 +34,7 @@ def index_image(settings: Settings, image: ImageRef, path: str) -> str:
             image,
             client,
             warn=lambda line: log.warning("indexing", image=str(image), note=line),
-            taps=lambda: Seed(cache),
+            taps=lambda: Seed(cache, settings["cache.free_low"]),
         )
     finally:
         client.close()

@@ -136,6 +136,17 @@ def test_what_a_higher_layer_removed_is_not_in_it(tmp_path: Path) -> None:
         assert sha256(layer.read(table.ustart(i), table.ustart(i + 1))).digest() == table.digest(i)
 
 
+def test_verify_says_what_is_wrong(rootfs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.clip"
+    api.create_archive(file, rootfs=rootfs)
+    assert api.verify_archive(file) == []
+    data = bytearray(file.read_bytes())
+    data[1_500_000] ^= 1
+    file.write_bytes(data)
+    [line] = api.verify_archive(file) or []
+    assert line.startswith("the data at 1048576 to 2097152")
+
+
 @pytest.mark.parametrize("arguments", [{}, {"image_ref": "docker.io/library/a:1", "rootfs": "/"}])
 def test_one_source(tmp_path: Path, arguments: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="of an image or of a directory"):
