@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from shim import settings
 from shim.errors import MountError, UsageError
@@ -12,8 +13,9 @@ from shim.mount import mountinfo, syscalls
 from shim.runtime import client
 
 
-def connect_or_start() -> client.Connection:
-    """A connection to the daemon, which is started as the wrapper would if none runs."""
+def ask_or_start(request: dict[str, Any], fd: int) -> tuple[client.Connection, dict[str, Any]]:
+    """One request, with a descriptor beside it, to the daemon, which is started as the wrapper would if none runs: the
+    open connection and the answer."""
     from shim.runtime import config
     from shim.runtime.launcher import settings_path
     from shim.runtime_path import ensure_launcher
@@ -22,7 +24,7 @@ def connect_or_start() -> client.Connection:
     loaded = config.load(str(settings_path(launcher)), dict(os.environb))
     if loaded.problem is not None:
         raise loaded.problem
-    return client.connect(loaded, dict(os.environb))
+    return client.ask(loaded, dict(os.environb), request, fd)
 
 
 def mount(index: str, directory: Path) -> None:
@@ -38,8 +40,8 @@ def mount(index: str, directory: Path) -> None:
         value = os.path.abspath(index.removeprefix("file://"))
         fd = os.open(value, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        with closing(connect_or_start()) as connection:
-            answer = connection.request({"v": 1, "op": "acquire", "source": "mount", "value": value}, fd)
+        connection, answer = ask_or_start({"v": 1, "op": "acquire", "source": "mount", "value": value}, fd)
+        with closing(connection):
             _clone(answer["tree"], directory)
     finally:
         if fd >= 0:

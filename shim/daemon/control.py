@@ -55,7 +55,8 @@ class ControlServer:
     """
 
     def __init__(self, path: Path, handlers: dict[str, Handler], listener: int = -1) -> None:
-        """listener: a socket that the service manager made at `path`, which stays there when we end; -1 for none."""
+        """listener: a socket at `path` that the service manager made or kept, and which stays there when we end; -1 for
+        none."""
         self._path = path
         self._inherited = listener >= 0
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
@@ -79,6 +80,14 @@ class ControlServer:
             os.close(directory)
         self._socket.listen(256)
         self._socket.setblocking(False)
+
+    @property
+    def listener(self) -> int:
+        return self._socket.fileno()
+
+    def outlives_us(self) -> None:
+        """Somebody keeps the socket: it is not closed when we end."""
+        self._inherited = True
 
     def serve(self) -> None:
         """Accept until `close`; runs in a thread of its own."""
@@ -147,7 +156,10 @@ class ControlServer:
                         connection.sendall(_line(_failure(DaemonError("the request is too long"))))
                         return
                 line, _, buffer = buffer.partition(b"\n")
-                connection.sendall(_line(self._answer(session, line, fds)))
+                answer = self._answer(session, line, fds)
+                if self._closed.is_set() and not answer["ok"]:
+                    return  # it failed because we end: who loses the connection asks our successor
+                connection.sendall(_line(answer))
                 while fds:
                     os.close(fds.pop())
         finally:

@@ -42,6 +42,22 @@ class ImageTree:
     def image(self) -> str:
         return str(self.meta["image"]) if self.meta is not None else ""
 
+    def status(self, path: str, overlays: int) -> dict[str, Any]:
+        """A row of `images` in `status --json`; it is mounted at `path`."""
+        meta = self.meta or {}
+        return {
+            "image": meta.get("image"),
+            "digest": meta.get("digest"),
+            "index": f"sha256:{self.hex}",
+            "tree": path,
+            "tier": self.mounted,
+            "step": self.step[0],
+            "reason": self.step[1],
+            "leases": self.leases,
+            "overlays": overlays,
+            "layers": [layer["diff_id"] for layer in meta.get("layers", ())],
+        }
+
 
 @dataclass(slots=True)
 class Lease:

@@ -86,7 +86,7 @@ class Layers:
         try:
             for number, layer in enumerate(meta["layers"]):
                 source = Source(ref, layer["digest"], archive=place)
-                self._add(tree, number, layer, directory / f"spans.{number}", source)
+                self.add_one(tree, number, layer, directory / f"spans.{number}", source)
         except BaseException:
             self.discard(tree)
             raise
@@ -108,7 +108,14 @@ class Layers:
                     served.sources = [source for source in served.sources if source.ref.name != ref.name]
             raise
 
-    def _add(self, tree: str, number: int, layer: dict[str, Any], span_path: Path, source: Source) -> None:
+    def release(self, tree: str) -> None:
+        """A tree is no longer mounted; its layers stay until the next `sweep`."""
+        with self._lock:
+            for served in self._served.values():
+                served.users.discard(tree)
+
+    def add_one(self, tree: str, number: int, layer: dict[str, Any], span_path: Path, source: Source) -> None:
+        """Serve layer `number` of a tree. Raises CacheError."""
         name = layer["blob"]
         with self._settled:
             self._settled.wait_for(lambda: name not in self._pending)
@@ -227,9 +234,7 @@ class Layers:
 
     def discard(self, tree: str) -> None:
         """A tree is no longer mounted: its layers go when the kernel has closed them (`sweep`)."""
-        with self._lock:
-            for served in self._served.values():
-                served.users.discard(tree)
+        self.release(tree)
         self.sweep()
 
     def sweep(self) -> None:

@@ -27,6 +27,21 @@ def notify(text: str, fds: list[int] | None = None) -> bool:
     return True
 
 
+def keeps_fds() -> bool:
+    """Whether somebody keeps descriptors for a successor of ours. FDSTORE is set by systemd since version 254."""
+    return bool(os.environ.get("NOTIFY_SOCKET")) and os.environ.get("FDSTORE", "1") != "0"
+
+
+def store(name: str, fd: int) -> bool:
+    """Leave a copy of a descriptor with the service manager, for a successor. False: nobody keeps it."""
+    return keeps_fds() and notify(f"FDSTORE=1\nFDNAME={name}", [fd])
+
+
+def unstore(name: str) -> None:
+    """What was stored under this name is of no use any more."""
+    notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+
 def inherited() -> dict[str, list[int]]:
     """Descriptors that the service manager passed, by name (sd_listen_fds_with_names(3)); the second call gives none.
 

@@ -19,6 +19,12 @@ def overlays(entries: list[MountEntry]) -> Iterator[tuple[str, MountEntry]]:
             yield entry.source[len(_SOURCE) :].decode("ascii", "replace"), entry
 
 
+def mounted_trees(entries: list[MountEntry], run: Path) -> set[str]:
+    """Hexes of the trees mounted at their place below `run` (RUN/trees)."""
+    trees = os.fsencode(run) + b"/"
+    return {os.fsdecode(e.mount_point[len(trees) :]) for e in entries if e.mount_point.startswith(trees)}
+
+
 def tree_users(entries: list[MountEntry], run: Path) -> set[str]:
     """Hexes of the trees mounted below `run` (RUN/trees) that somebody has another mount of: an overlay, a clone."""
     trees = os.fsencode(run) + b"/"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shim import __version__, log
-from shim.daemon import jobs, mounter, notify, who
+from shim.daemon import handover, jobs, mounter, notify, who
 from shim.daemon.background import Background
 from shim.daemon.cleaner import Cleaner
 from shim.daemon.control import Answer, ControlServer, Session
@@ -100,8 +100,8 @@ class Daemon:
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Takes the locks, clears what a dead daemon left and mounts the blobs. Raises ShimError, OSError; then
-        nothing is left mounted."""
+        """Takes the locks, then takes over a predecessor's blobs, or clears what it left and mounts new ones. Raises
+        ShimError, OSError; then nothing that is new is left mounted."""
         self._settings = settings
         passed = notify.inherited()
         run = settings.run_dir
@@ -112,21 +112,16 @@ class Daemon:
         self._since = time.monotonic()
         self.broken = os.eventfd(0, os.EFD_CLOEXEC)  # readable when the blobs were unmounted by somebody else
         self._lock_fd = _exclusive(run / "daemon.lock")
-        jobs.start()
-        blobs = run / "blobs"
-        for path in jobs.run(20, mounter.clear_stale, str(run)):
-            log.warning("left by a daemon that died, detached", path=path)
-        blobs.mkdir(mode=0o700, exist_ok=True)
-        self._blobs_dir = str(blobs.resolve())  # as mountinfo has it; nothing is mounted there yet
+        self._blobs_dir = str(run.resolve() / "blobs")  # as mountinfo has it
+        taken = handover.take(passed, run)
         self._failures = FailureLog(self._places, settings.state_dir / "trees", self._container_of)
         self._resolver = Resolver(settings)
         with ExitStack() as undo:
-            self._fuse_fd = connection.mount(self._blobs_dir)
-            undo.callback(jobs.run, 10, mounter.clear_stale, str(run))
-            undo.callback(os.close, self._fuse_fd)
+            self._fuse_fd = taken[0] if taken else self._mount_blobs(run, undo)
             self._server = BlobServer.create(
                 self._fuse_fd,
                 run,
+                journal=taken[1] if taken else None,
                 read_deadline=settings["read_deadline"],
                 on_failure=self._failures.add,
                 on_unmounted=lambda: os.eventfd_write(self.broken, 1),
@@ -134,6 +129,10 @@ class Daemon:
             self._full = threading.Event()  # the cleaner is wanted at once
             self._layers = Layers(settings, self._server, self._full.set)
             self._trees = Trees(settings, self._layers, self._blobs_dir)
+            if taken:
+                handover.restore(settings, taken[1], self._layers, self._trees)
+            else:
+                notify.store(handover.BLOBS, self._fuse_fd)
             self._cleaner = Cleaner(settings, self._layers, self._trees)
             self._background = Background(settings, self._layers, self._trees, self._cleaner)
             self._drain = Drain(self._background, run)
@@ -152,10 +151,22 @@ class Daemon:
                     "drain": self._drain.asked,
                     "ping": lambda *_: {"pid": os.getpid()},
                 },
-                *passed.get("control", [])[:1],
+                *(passed.get("control", []) + passed.get(handover.LISTENER, []))[:1],
             )
+            if not passed and notify.store(handover.LISTENER, self._control.listener):
+                self._control.outlives_us()
             self._metrics: Endpoint | None = None
             undo.pop_all()
+
+    def _mount_blobs(self, run: Path, undo: ExitStack) -> int:
+        jobs.start()
+        for path in jobs.run(20, mounter.clear_stale, str(run)):
+            log.warning("left by a daemon that died, detached", path=path)
+        os.makedirs(self._blobs_dir, 0o700, exist_ok=True)
+        fd = connection.mount(self._blobs_dir)
+        undo.callback(jobs.run, 10, mounter.clear_stale, str(run))
+        undo.callback(os.close, fd)
+        return fd
 
     def _serve_metrics(self) -> None:
         """Where `metrics.listen` says so; tried again from time to time: a predecessor may still have the address."""
@@ -179,6 +190,7 @@ class Daemon:
 
     def start(self) -> None:
         self._server.start()
+        jobs.start()
         self._failures.start()
         Watchdog(self._blobs_dir, self._stopping).start()
         threads = {"accept": self._control.serve, "warm": self._warm, "housekeeping": self._housekeeping}
@@ -219,7 +231,8 @@ class Daemon:
             log.info("cleaned up after a container that is gone", directory=directory)
 
     def stop(self) -> None:
-        """Unmount what nobody uses and end. What is in use stays mounted; its uncached reads fail until a start."""
+        """Unmount what nobody uses and end. What is in use stays mounted: its uncached reads wait for a successor, or
+        fail if nobody keeps our descriptor for one."""
         self._stopping.set()
         self._full.set()
         self._background.close()
@@ -230,8 +243,11 @@ class Daemon:
         if self._blobs_are_free():
             try:
                 jobs.run(10, mounter.unmount_blobs, self._blobs_dir)
+                notify.unstore(handover.BLOBS)
             except ShimError as error:
                 log.warning("blobs not unmounted", error=str(error))
+        elif notify.keeps_fds():
+            log.info("containers still use layers: their uncached reads wait", layers=self._layers.open_count())
         else:
             log.warning(
                 "containers still use layers: their uncached reads fail from now on", layers=self._layers.open_count()

@@ -1,79 +1,241 @@
-"""`clip-shim daemon --supervise`: a tiny parent that starts the server again when it dies.
+"""`clip-shim daemon --supervise`: a tiny parent that keeps the server's descriptors and starts it again when it dies.
 
-Started by the wrapper it has no stderr: the log goes to RUN/daemon.log then. It forwards SIGTERM, and restarts at once
-after a crash, then slower, so that a server that cannot start does not burn a core.
+Towards the server it is what systemd is: sd_notify(3) with a file descriptor store (fdstore.py), and sd_listen_fds(3).
+Started by the wrapper it has no stderr: the log goes to RUN/daemon.log then.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-_FIRST_DELAY = 0.05  # seconds before the second start; doubles up to _LAST_DELAY, resets after a good minute
-_LAST_DELAY = 5.0
-_GOOD_RUN = 60.0
+from shim.daemon import notify
+from shim.daemon.fdstore import FdStore, remove_socket
+
+_READY_DELAYS = (0.01, 0.25)  # seconds before a server that did serve is started again: the second time, and at most
+_DELAYS = (0.05, 5.0)  # the same for one that never served
+_GOOD_RUN = 5.0  # seconds after which a crash is the first again: the successor is started at once
+_LOOK_SECONDS = 1.0
+_WATCHDOG_SECONDS = 60.0
 _LOG_MAX = 8 << 20  # bytes; an older log is kept as daemon.log.1
-_LOG_SECONDS = 30.0
+_LOG_NAME = "daemon.log"
 _ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+_RENEW = signal.SIGUSR2
 
 
 def supervise(arguments: list[str], run_dir: Path) -> int:
-    """Run `clip-shim daemon ARGUMENTS` until it ends by itself or we are told to stop; returns its exit code.
+    """Run `clip-shim daemon ARGUMENTS` until we are told to stop; returns its exit code. OSError: no `run_dir`.
 
-    A server whose first start fails (exit code 1 or 2) is not started again: it has said why, and trying for ever in
-    the background would only be in the way of whoever mends that.
+    A server that ends, however, is started again, with the descriptors it left here. Not so one whose first start fails
+    (exit code 1 or 2): it has said why, and trying for ever in the background would only be in the way of whoever mends
+    that.
     """
-    log = _keep_log(run_dir)
-    command = [sys.executable, "-m", "shim", "daemon", *arguments]
-    ready_fd = os.environ.pop("CLIP_SHIM_READY_FD", "")
-    ready = int(ready_fd) if ready_fd.isdigit() else -1
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING | {signal.SIGCHLD})
-    delay, first = _FIRST_DELAY, True
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Supervisor(arguments, run_dir).run()
+
+
+class Supervisor:
+    """One thread. Signals: SIGTERM, SIGINT and SIGHUP end the server and us; SIGUSR2 ends the server and makes us start
+    anew, from the program that is installed now: an upgrade, in which reads wait a moment.
+
+    The successor of a killed server is started without waiting until that is reaped: a thread of it may hang in the
+    kernel until somebody answers, and that is the successor. So whoever is dead but for that counts as ended
+    (`_is_corpse`). Orphans of servers, jobs that die with them, become our children and are reaped here.
+    """
+
+    def __init__(self, arguments: list[str], run_dir: Path) -> None:
+        self._arguments = arguments
+        self._run_dir = run_dir
+        self._log = _keep_log(run_dir)
+        ready_fd = os.environ.pop("CLIP_SHIM_READY_FD", "")
+        self._ready_fd = int(ready_fd) if ready_fd.isdigit() else -1
+        if self._ready_fd >= 0:
+            os.set_inheritable(self._ready_fd, False)
+        self._again = os.environ.pop("CLIP_SHIM_RENEWED", "") == "1"
+        self._store = FdStore(run_dir, notify.inherited())
+        self._ending = False
+        self._renewing = False
+        self._wake, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (*_ENDING, _RENEW, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        _adopt_orphans()
+
+    def run(self) -> int:
+        """See `supervise`."""
+        first, delay = not self._again, 0.0
+        while True:
+            started = time.monotonic()
+            try:
+                pid = self._start()
+            except OSError as error:  # no memory, or too many processes
+                print(f"clip-shim: cannot start the server: {error}", file=sys.stderr, flush=True)  # noqa: T201
+                code: int | None = None
+            else:
+                self._close_ready()
+                code = self._wait(pid)
+            self._close_ready()
+            if self._renewing and not self._ending:
+                self._renew()
+            if self._ending or code == 2 or (first and code == 1):  # 2: a wrong configuration does not mend itself
+                return self._end(code)
+            first = False
+            low, high = _READY_DELAYS if self._store.ready else _DELAYS
+            good = code == 0 or (self._store.ready and time.monotonic() - started > _GOOD_RUN)
+            delay = 0.0 if good else min(max(delay * 2, low), high)
+            if delay and self._pause(delay):
+                return self._end(0)
+
+    def _start(self) -> int:
+        self._store.started()
+        environ = {
+            **os.environ,
+            "NOTIFY_SOCKET": self._store.address,
+            "FDSTORE": "16",  # as systemd says it since version 254
+            "WATCHDOG_USEC": str(int(_WATCHDOG_SECONDS * 1e6)),
+        }
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._become_server(environ)
+            except OSError as error:
+                print(f"clip-shim: cannot start the server: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            finally:
+                os._exit(127)
+        return pid
+
+    def _become_server(self, environ: dict[str, str]) -> None:
+        for number in (*_ENDING, _RENEW, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        ready = self._ready_fd
+        if ready >= 0:
+            import fcntl
+
+            ready = fcntl.fcntl(ready, fcntl.F_DUPFD, 64)  # out of the way of what is handed over; inheritable
+            environ["CLIP_SHIM_READY_FD"] = str(ready)
+        self._store.hand_over(environ)
+        environ["WATCHDOG_PID"] = str(os.getpid())
+        os.execve(sys.executable, [sys.executable, "-m", "shim", "daemon", *self._arguments], environ)  # noqa: S606
+
+    def _wait(self, pid: int) -> int | None:
+        """Wait for the server's end: its exit code (or -signal), None if it is dead but cannot be reaped yet."""
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        poll.register(self._store.socket, select.POLLIN)
+        told = killed = False
+        while True:
+            quiet = not poll.poll(_LOOK_SECONDS * 1000)
+            self._read_signals()
+            if (self._ending or self._renewing) and not told:
+                told = True
+                os.kill(pid, signal.SIGTERM)
+            self._store.receive(pid)
+            code = _reap(pid)
+            if code is not None:
+                self._store.receive(pid)
+                return code
+            if quiet:
+                self._trim()
+                if _is_corpse(pid):
+                    self._store.receive(pid)
+                    return None
+                if not killed and time.monotonic() - self._store.last_ping > _WATCHDOG_SECONDS:
+                    killed = True
+                    print("clip-shim: the server hangs: killing it", file=sys.stderr, flush=True)  # noqa: T201
+                    os.kill(pid, signal.SIGKILL)
+
+    def _close_ready(self) -> None:
+        """Whoever waits on the pipe hears its end when the server has said its word, or is dead: it is the server's."""
+        if self._ready_fd >= 0:
+            os.close(self._ready_fd)
+            self._ready_fd = -1
+
+    def _read_signals(self) -> None:
+        try:
+            numbers = os.read(self._wake, 256)
+        except BlockingIOError:
+            return
+        self._ending |= any(number in numbers for number in _ENDING)
+        self._renewing |= _RENEW in numbers
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; True if we are told to end meanwhile."""
+        end = time.monotonic() + seconds
+        while not self._ending and (left := end - time.monotonic()) > 0:
+            select.select([self._wake], [], [], left)
+            self._read_signals()
+        return self._ending
+
+    def _renew(self) -> None:
+        """Become what is installed now. Returns only if there is nothing."""
+        self._renewing = False
+        environ = {**os.environ, "CLIP_SHIM_RENEWED": "1"}
+        if not os.access(sys.executable, os.X_OK):
+            return
+        self._store.close()
+        self._store.hand_over(environ)
+        command = [sys.executable, "-m", "shim", "daemon", "--supervise", *self._arguments]
+        os.execve(sys.executable, command, environ)  # noqa: S606
+
+    def _end(self, code: int | None) -> int:
+        if "blobs" in self._store.fds:
+            text = "containers still use layers: their uncached reads fail from now on"
+            print(f"clip-shim: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        if "listener" in self._store.fds:
+            remove_socket(self._run_dir / "control.sock")
+        self._store.close()
+        return 0 if code is None else code if code >= 0 else 128 - code
+
+    def _trim(self) -> None:
+        _trim(self._log)
+
+
+def _reap(server: int) -> int | None:
+    """Reap every child that has ended; the server's exit code (or -signal) if it is among them."""
+    found = None
     while True:
-        started = time.monotonic()
-        code, stopped = _run_once(command, ready, log)
-        if stopped or code in (0, 2) or (first and code == 1):  # 2: a wrong configuration does not mend itself
-            return code if code >= 0 else 128 - code
-        ready, first = -1, False
-        delay = _FIRST_DELAY if time.monotonic() - started > _GOOD_RUN else min(delay * 2, _LAST_DELAY)
-        if signal.sigtimedwait(_ENDING, delay) is not None:
-            return 0
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if pid == 0:
+            return found
+        if pid == server:
+            found = os.waitstatus_to_exitcode(status)
 
 
-def _run_once(command: list[str], ready: int, log: Path | None) -> tuple[int, bool]:
-    """Start the server and wait for its end: (exit code, whether we were told to stop it). `ready` is closed."""
-    passed = [ready] if ready >= 0 else []
-    environ = {**os.environ, "CLIP_SHIM_READY_FD": str(ready)} if passed else None
+def _is_corpse(pid: int) -> bool:
+    """Whether a process is dead but for threads that the kernel cannot end yet: its first thread is a zombie."""
     try:
-        child = subprocess.Popen(command, pass_fds=passed, env=environ, preexec_fn=_unblock)  # noqa: PLW1509  one thread
-    except OSError as error:  # no memory, or the installation is just being replaced
-        print(f"clip-shim: cannot start the server: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        return -1, False
-    finally:
-        for fd in passed:
-            os.close(fd)
-    stopped = False
-    while child.poll() is None:
-        number = signal.sigtimedwait(_ENDING | {signal.SIGCHLD}, _LOG_SECONDS)
-        if number is None:
-            _trim(log)
-        elif number.si_signo != signal.SIGCHLD:
-            stopped = True
-            child.send_signal(signal.SIGTERM)
-    return child.returncode, stopped
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except OSError:
+        return False  # reaped meanwhile
+
+
+def _adopt_orphans() -> None:
+    """prctl(2), PR_SET_CHILD_SUBREAPER: the jobs of a dead server are reaped here, whatever PID 1 is."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
 
 def _keep_log(run_dir: Path) -> Path | None:
-    """If stderr leads nowhere, let it lead to RUN/daemon.log; returns that file's path then."""
-    if not os.path.samestat(os.fstat(2), os.stat(os.devnull)):
+    """If stderr leads nowhere, or to RUN/daemon.log already, let it lead there; returns that file's path then."""
+    path = run_dir / _LOG_NAME
+    there = os.fstat(2)
+    try:
+        if os.path.samestat(there, os.lstat(path)):
+            return path
+    except FileNotFoundError:
+        pass
+    if not os.path.samestat(there, os.stat(os.devnull)):
         return None
-    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = run_dir / "daemon.log"
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     os.dup2(fd, 2)
     os.close(fd)
@@ -87,11 +249,7 @@ def _trim(log: Path | None) -> None:
     if log is None or os.fstat(2).st_size <= _LOG_MAX:
         return
     try:
-        shutil.copyfile(log, log.with_name("daemon.log.1"), follow_symlinks=False)
+        shutil.copyfile(log, log.with_name(f"{_LOG_NAME}.1"), follow_symlinks=False)
     except OSError:
         pass  # no space for both: the old lines go
     os.ftruncate(2, 0)
-
-
-def _unblock() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING | {signal.SIGCHLD})

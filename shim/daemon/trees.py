@@ -15,7 +15,7 @@ from shim.cache import discard
 from shim.daemon import indexfile, jobs, mounter, prepare
 from shim.daemon.imagetree import LAZY, Files, Fill, ImageTree, Lease
 from shim.daemon.layers import Layers
-from shim.daemon.overlays import is_used, overlays, tree_users
+from shim.daemon.overlays import is_used, mounted_trees, overlays, tree_users
 from shim.daemon.portable import PortableTree
 from shim.daemon.profile import Profile
 from shim.daemon.startprofiles import StartProfiles
@@ -25,6 +25,7 @@ from shim.settings import Settings
 
 _SHARE = 0.9  # of `mount_deadline`
 _UNMOUNT_SECONDS = 10.0
+_GRACE_SECONDS = 10.0
 _CLOSE_SECONDS = 2.0  # how long stopping waits for a tree that is being mounted
 
 
@@ -40,8 +41,8 @@ class Trees:
     An acquire has nine tenths of `mount_deadline`, so that the wrapper, which has all of it, hears why it failed.
 
     Crashes: STATE/trees/<hex> counts only with its meta.json, which is written last (see prepare.py); what turns out to
-    be damaged is made again from the index that is being asked for. RUN/trees/<hex> mounts left by a dead daemon are
-    detached at start (mounter.clear_stale) and made again on demand.
+    be damaged is made again from the index that is being asked for. RUN/trees/<hex> mounts of a dead daemon go on below
+    its successor (handover.py); where nobody kept the blobs' descriptor they are detached at start.
     """
 
     def __init__(self, settings: Settings, layers: Layers, blobs_dir: str) -> None:
@@ -62,6 +63,12 @@ class Trees:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._run = self._run.resolve()  # as mountinfo has it
         indexfile.tidy(self._state)
+
+    def adopt(self, tree: ImageTree) -> None:
+        """After a hand-over, before anything is served: one that is mounted already. It stays for a moment even without
+        a lease: leases died with the predecessor."""
+        tree.last_used = time.monotonic() + _GRACE_SECONDS
+        self._trees[tree.hex] = tree
 
     def tier(self) -> tuple[str, str]:
         """(tier, reason): what `tree:` says, or the best that was seen to work here."""
@@ -364,29 +371,22 @@ class Trees:
         return leases or bool(self.users())
 
     def users(self) -> set[str]:
-        """Hexes of the trees that somebody has a mount of, as this mount namespace sees it: an overlay, a clone."""
-        return tree_users(mountinfo.read(), self._run)
+        """Hexes of the trees that somebody has a mount of, as this mount namespace sees it: an overlay, a clone.
+
+        What is mounted at a tree's path and in no table, by a job that outlived its server for a moment, goes there.
+        """
+        entries = mountinfo.read()
+        with self._lock:
+            for hex_ in mounted_trees(entries, self._run):
+                self._trees.setdefault(hex_, ImageTree(hex_, unsure=True))
+        return tree_users(entries, self._run)
 
     def status(self) -> list[dict[str, Any]]:
         """The images that are mounted, as `status --json` shows them."""
         used = Counter(hex_ for hex_, _ in overlays(mountinfo.read()))
         with self._lock:
-            return [
-                {
-                    "image": tree.meta["image"],
-                    "digest": tree.meta["digest"],
-                    "index": f"sha256:{tree.hex}",
-                    "tree": str(self._run / tree.hex),
-                    "tier": tree.mounted,
-                    "step": tree.step[0],
-                    "reason": tree.step[1],
-                    "leases": tree.leases,
-                    "overlays": used[tree.hex],
-                    "layers": [layer["diff_id"] for layer in tree.meta["layers"]],
-                }
-                for tree in self._trees.values()
-                if tree.mounted is not None and tree.meta is not None
-            ]
+            mounted = [tree for tree in self._trees.values() if tree.mounted is not None]
+            return [tree.status(str(self._run / tree.hex), used[tree.hex]) for tree in mounted]
 
 
 def _left(end: float) -> float:

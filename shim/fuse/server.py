@@ -103,13 +103,17 @@ class BlobServer:
         fd: int,
         run_dir: Path,
         *,
+        journal: Journal | None = None,
         read_deadline: float = 60.0,
         on_failure: Callable[[ReadFailure], None] = log_failure,
         on_unmounted: Callable[[], None] | None = None,
     ) -> BlobServer:
-        """A server for a descriptor fresh from `connection.mount`, with a new journal in `run_dir`."""
-        journal = Journal(run_dir / "blobs.journal", fresh=True)
-        return cls(fd, None, journal, read_deadline=read_deadline, on_failure=on_failure, on_unmounted=on_unmounted)
+        """A server for a descriptor fresh from `connection.mount`, with a new journal in `run_dir`; or for one that was
+        taken over, with the `journal` it had."""
+        if journal is None:
+            journal = Journal(run_dir / "blobs.journal", fresh=True)
+        init = journal.init
+        return cls(fd, init, journal, read_deadline=read_deadline, on_failure=on_failure, on_unmounted=on_unmounted)
 
     def node_id(self, name: bytes) -> int:
         """The node id for a blob of this name: the one it had in this mount's life, or a new one."""
@@ -138,8 +142,8 @@ class BlobServer:
             if blob is None or self._journal.open_count(node_id):
                 return False
             del self.blobs[node_id], self._names[blob.name]
-            self._journal.remove_node(node_id)
         self._notify(proto.NOTIFY_INVAL_ENTRY, proto.inval_entry(blob.name))  # waits for lookups: not under the lock
+        self._journal.remove_node(node_id)  # last: a successor that still finds it there takes it away as well
         return True
 
     def substitute(self, blob: Blob) -> None:
@@ -153,6 +157,9 @@ class BlobServer:
         return self._journal.open_count(node_id)
 
     def start(self) -> None:
+        """Serve. After a hand-over the blobs that the journal names must be there again: the kernel delivers once more
+        what the predecessor read and did not answer, before we read anything (later it would repeat ours too)."""
+        self.resend()
         sys.setswitchinterval(0.0005)  # a cached read waits this long for the GIL beside CPU-bound threads, not 5 ms
         os.set_blocking(self.fd, False)
         self._parked.start()

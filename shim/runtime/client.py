@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 _ANSWER_MAX = 8 << 20
 _WAIT_MAX = 7200  # seconds
+_TRIES = 10
 _ABSENT = (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR)
+
+
+class LostError(DaemonError):
+    """The daemon ended before it answered. Its successor may do better."""
 
 
 class Connection:
@@ -36,7 +41,7 @@ class Connection:
     def request(self, message: dict[str, Any], fd: int = -1) -> dict[str, Any]:
         """Send one request, with a descriptor unless `fd` is -1, and wait for its answer.
 
-        Raises the error that the daemon names, or DaemonError: no answer in time, or nonsense.
+        Raises the error that the daemon names, or DaemonError: no answer in time, or nonsense; LostError.
         """
         data = (jsontext.encode(message) + "\n").encode()
         beside = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))] if fd >= 0 else []
@@ -54,7 +59,7 @@ class Connection:
                 "the daemon did not answer in time", hint="see `clip-shim status --waiting`, or raise `mount_deadline`"
             ) from None
         except OSError as error:
-            raise DaemonError(f"the daemon ended before it answered (errno {error.errno})") from error
+            raise LostError(f"the daemon ended before it answered (errno {error.errno})") from error
         if answer.get("ok") is not True:
             raise _error_of(answer)
         return answer
@@ -80,7 +85,7 @@ class Connection:
             self._limit()
             part = self._socket.recv(65536)
             if not part:
-                raise DaemonError("the daemon ended before it answered")
+                raise LostError("the daemon ended before it answered")
             parts.append(part)
             size += len(part)
             if size > _ANSWER_MAX:
@@ -129,9 +134,32 @@ def try_connect(run_dir: str, end: float) -> Connection | None:
     return Connection(socket, end)
 
 
-def connect(config: Config, environ: dict[bytes, bytes]) -> Connection:
-    """Connect to the daemon; start it first if none answers. Raises DaemonError within `config.mount_deadline`."""
+def ask(
+    config: Config, environ: dict[bytes, bytes], message: dict[str, Any], fd: int = -1
+) -> tuple[Connection, dict[str, Any]]:
+    """Connect to the daemon, which is started if none answers, and ask it: the open connection and the answer.
+
+    Raises what `Connection.request` raises, or DaemonError within `config.mount_deadline`. Asked once
+    more when the daemon ends meanwhile: its successor finishes what it had begun. Within the same deadline, and not
+    for ever, should it be this request that ends it.
+    """
     end = time.monotonic() + config.mount_deadline
+    left = _TRIES
+    while True:
+        connection = _connect(config, environ, end)
+        try:
+            return connection, connection.request(message, fd)
+        except LostError:
+            connection.close()
+            left -= 1
+            if not left:
+                raise
+        except BaseException:
+            connection.close()
+            raise
+
+
+def _connect(config: Config, environ: dict[bytes, bytes], end: float) -> Connection:
     connection = try_connect(config.run_dir, end)
     if connection is None:
         from shim.runtime.starter import start

@@ -14,7 +14,7 @@ import time
 from shim.errors import DaemonError, MountError, ShimError
 from shim.mount import mountinfo, overlay
 from shim.mount.overlay import Layers
-from shim.runtime.client import Connection, connect
+from shim.runtime.client import Connection, ask
 from shim.runtime.fastpath import POSTSTOP
 from shim.runtime.reference import SOURCE_ANNOTATION
 from shim.runtime.rootfs import EARLIER, PLAIN, Rootfs, layers_to
@@ -124,8 +124,9 @@ class Creation:
     def _acquire(self, reference: Reference, root: str, container: str, environ: dict[bytes, bytes]) -> dict[str, Any]:
         """Have the daemon mount the tree; it stays mounted while the connection is open."""
         try:
-            self._connection = connect(self._config, environ)
-            answer = self._connection.request(
+            self._connection, answer = ask(
+                self._config,
+                environ,
                 {
                     "v": 1,
                     "op": "acquire",
