@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 from tests.support import images, killing
 from tests.support.daemonclient import log_lines
-from tests.support.host import Host
+from tests.support.host import Host, wait_for
 from tests.support.proxy import Proxy
 from tests.support.registry import Registry
 
@@ -23,6 +26,32 @@ def test_nobody_notices_sixteen_kills() -> None:
     assert len(report.kills) >= KILLS // 2, f"points that were passed: {report.kills}"
     assert report.passes
     assert report.runs
+
+
+def test_a_restart_takes_less_than_a_second() -> None:
+    """From SIGKILL to the answer to a read that the kernel does not have and the cache has."""
+    with Registry() as registry, Host() as host:
+        images.push(images.image("shared-a"), registry.host)
+        host.trust_registry(registry.host)
+        index = host.index(f"{registry.host}/shared-a:latest", "a")
+        child = host.start_daemon()
+        (host.base / "tree").mkdir()
+        host.clip("mount", index, host.base / "tree")
+        fd = os.open(host.base / "tree/common/05", os.O_RDONLY)
+        first, took = os.pread(fd, 4096, 0), []
+        wait_for("it is on disk", lambda: any((host.state_dir / "cache").glob("*/bitmap")))
+        for _ in range(5):
+            old = killing.server_pid(host)
+            Path("/proc/sys/vm/drop_caches").write_text("1")
+            begin = time.monotonic()
+            os.kill(old, signal.SIGKILL)
+            assert os.pread(fd, 4096, 0) == first
+            took.append(time.monotonic() - begin)
+        os.close(fd)
+        print("seconds:", [round(item, 2) for item in took])
+        assert min(took) < 1.0
+        assert child.poll() is None
+        host.clip("umount", host.base / "tree")
 
 
 def survive(address: str, seed: int, kills: int, *, readers: list[str], image: str) -> killing.Report:

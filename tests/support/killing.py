@@ -133,7 +133,7 @@ class Report:
         waits = self.waits or [0.0]
         return (
             f"{sum(self.kills.values())} kills {self.kills}, {self.passes} passes over all files, "
-            f"{self.runs} containers; cached reads over restarts waited {statistics.median(waits):.2f} s in the median, "
+            f"{self.runs} containers; cached reads over restarts waited {statistics.median(waits):.2f} s (median), "
             f"at most {max(waits):.2f} s"
         )
 
