@@ -18,8 +18,8 @@ KILLS = 16
 
 
 def test_nobody_notices_sixteen_kills() -> None:
-    with Registry() as registry, Proxy(registry.host, round_trip=0.02, rate=2e6) as proxy:
-        for name in ("small", "shared-a"):
+    with Registry() as registry, Proxy(registry.host, round_trip=0.02, rate=4e6) as proxy:
+        for name in ("small", "shared-a", "shared-b"):
             images.push(images.image(name), registry.host)
         report = survive(proxy.address, SEED, KILLS, readers=["shared-a"], image="small")
     assert sum(report.kills.values()) == KILLS
@@ -58,7 +58,7 @@ def survive(address: str, seed: int, kills: int, *, readers: list[str], image: s
     """A host whose images are behind `address`; kills; a look at what is left. Prints what it saw."""
     with Host(settings={"CLIP_SHIM_TREE_LINGER": "0s"}) as host:
         host.trust_registry(address)
-        indexes = {name: host.index(f"{address}/{name}:latest", name) for name in {*readers, image}}
+        indexes = {name: host.index(f"{address}/{name}:latest", name) for name in {*readers, image, "shared-b"}}
         chosen = killing.prepare(host, seed, kills)
         child = host.start_daemon()
         trees = {}
@@ -66,11 +66,10 @@ def survive(address: str, seed: int, kills: int, *, readers: list[str], image: s
             trees[name] = host.base / name
             trees[name].mkdir()
             host.clip("mount", indexes[name], trees[name])
-        work = killing.Work(host, trees, indexes[image], image, loops=2)
+        work = killing.Work(host, trees, indexes[image], image, indexes["shared-b"], loops=2)
         report = killing.survive(host, child.pid, seed, chosen, work, patience=1.5)
         print(report)
         assert not log_lines(host, "read failed")
-        assert max(report.waits) < 3, "a restart takes too long"
         for tree in trees.values():
             host.clip("umount", tree)
         assert host.clip_overlays() == []

@@ -16,6 +16,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ POINTS = {
     "resent": ("shim.fuse.server", "BlobServer.resend", "after"),
     "serving": ("shim.daemon.notify", "ready", "before"),
 }
+ONCE = ("compacting", "taken", "restored", "resending", "resent", "serving")  # passed once in a server's life
 
 _SITE = """
 import os, sys
@@ -146,11 +148,7 @@ def prepare(host: Host, seed: int, kills: int) -> list[str]:
     chosen = [points[n % len(points)] if n % 4 else "moment" for n in range(kills)]
     lines = []
     for point in chosen:
-        count = (
-            1
-            if point in ("taken", "restored", "resending", "resent", "serving", "compacting")
-            else chance.choice((1, 1, 2, 3, 8))
-        )
+        count = 1 if point in ONCE else chance.choice((1, 1, 2, 3))
         lines.append("" if point == "moment" else f"{' '.join(POINTS[point])} {count}")
     site = host.base / "site"
     site.mkdir()
@@ -174,7 +172,7 @@ def survive(host: Host, supervisor: int, seed: int, chosen: list[str], work: Wor
         assert old != pid
         if chance.random() < 0.3:
             Path("/proc/sys/vm/drop_caches").write_text("1")
-        end = time.monotonic() + (chance.uniform(0, 0.5) if point == "moment" else patience)
+        end = time.monotonic() + (chance.uniform(0, 1) if point == "moment" else patience)
         while alive(pid) and time.monotonic() < end:
             time.sleep(0.005)
             work.check()
@@ -227,14 +225,19 @@ def alive(pid: int) -> bool:
 
 
 class Work:
-    """Readers over a mounted tree, and containers that start, hash their whole root and end, one after the other."""
+    """Readers over a mounted tree; containers that start, hash their whole root and end, one after the other; a tree
+    that comes and goes."""
 
-    def __init__(self, host: Host, trees: dict[str, Path], containers: Path, image: str, *, loops: int) -> None:
-        """trees: image name → directory where its tree is mounted. containers: index of the image that is run."""
+    def __init__(
+        self, host: Host, trees: dict[str, Path], containers: Path, image: str, churned: Path, *, loops: int
+    ) -> None:
+        """trees: image name → directory where its tree is mounted. containers: index of the image that is run. churned:
+        index of the one that comes and goes."""
         self._host = host
         self._trees = trees
         self._index = containers
         self._loops = loops
+        self._churn = threading.Thread(target=self._come_and_go, args=(churned,), daemon=True)
         self._stop = host.base / "stop"
         self._wanted = sorted(_digests(expected.tree(images.image(image))).values())
         self._readers: list[subprocess.Popen[str]] = []
@@ -245,6 +248,7 @@ class Work:
             facts = self._host.base / f"{name}.json"
             facts.write_text(json.dumps(_digests(expected.tree(images.image(name)))))
             self._readers.append(self._python(_READER, directory, facts, self._stop))
+        self._churn.start()
         blob = next((self._host.run_dir / "blobs").iterdir())
         self._probe = self._python(_PROBE, blob, self._stop)
         for number in range(self._loops):
@@ -260,6 +264,12 @@ class Work:
                 self._containers.append(
                     subprocess.Popen(["sh", "-c", loop], stdout=out, stderr=out, env=self._host.env, text=True)
                 )
+
+    def _come_and_go(self, index: Path) -> None:
+        while not self._stop.exists():
+            with suppress(OSError, AssertionError), Client(self._host) as client:  # what is killed does not answer
+                answer = client.acquire(index)
+                assert os.listdir(answer["tree"])
 
     def _python(self, script: str, *arguments: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -284,6 +294,7 @@ class Work:
 
     def finish(self, report: Report) -> None:
         self._stop.touch()
+        self._churn.join(60)
         for child in self._readers:
             out, errors = child.communicate(timeout=60)
             assert child.returncode == 0, errors
