@@ -16,6 +16,7 @@ from shim.daemon import notify, prepare
 from shim.daemon.imagetree import ImageTree
 from shim.daemon.layers import Layers
 from shim.daemon.served import Source
+from shim.daemon.trees import Trees
 from shim.errors import DaemonError, ShimError
 from shim.fuse.journal import Journal
 from shim.mount import mountinfo

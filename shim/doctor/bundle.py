@@ -105,9 +105,8 @@ def _acquire(
     }
     started = time.monotonic()
     try:
-        connection = client.connect(config, dict(os.environb))
+        connection, answer = client.ask(config, dict(os.environb), request, reference.fd)
         stack.callback(connection.close)
-        answer = connection.request(request, reference.fd)
         verify.check_tree(str(answer["tree"]), answer.get("dirs") or [], str(answer.get("device") or ""))
     except (ShimError, OSError) as error:
         kind = f" ({type(error).__name__})" if isinstance(error, ShimError) else ""
