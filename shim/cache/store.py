@@ -18,6 +18,7 @@ from shim import log
 from shim.cache import bitmap, discard
 from shim.cache.layer import CachedLayer
 from shim.cache.memory import MemorySpans
+from shim.cache.ownership import own
 from shim.errors import CacheError
 from shim.index.model import Spans
 
@@ -73,19 +74,15 @@ def take_lock(root: Path) -> int:
     """The cache's own lock: a descriptor that holds it. Raises CacheError: somebody has it, or there can be none."""
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return own(root / "lock")
+    except BlockingIOError:
+        raise CacheError(
+            f"another daemon uses the cache {root}", hint="see `clip-shim status`; stop that one first"
+        ) from None
     except OSError as error:
         raise CacheError(
             f"cannot use the cache directory {root}: {error.strerror}", hint="see `state_dir` in the config"
         ) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise CacheError(
-            f"another daemon uses the cache {root}", hint="see `clip-shim status`; stop that one first"
-        ) from None
-    return fd
 
 
 @contextmanager

@@ -116,6 +116,8 @@ def _health(answer: dict[str, Any]) -> str:
     if answer["waiting"]:
         oldest = max(read["age"] for read in answer["waiting"])
         said.append(f"{len(answer['waiting'])} reads wait, the oldest {oldest:.1f} s: see `clip-shim status --waiting`")
+    if answer["daemon"]["handover"]:
+        said.append(f"should the daemon be killed, reads of running containers fail: {answer['daemon']['handover']}")
     if answer["daemon"]["read_failures"]:
         said.append(f"{answer['daemon']['read_failures']} reads failed since its start: the log names the files")
     return "; ".join(said) or "good"

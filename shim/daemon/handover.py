@@ -19,6 +19,7 @@ from shim.daemon.served import Source
 from shim.daemon.trees import Trees
 from shim.errors import DaemonError, ShimError
 from shim.fuse.journal import Journal
+from shim.fuse.server import BlobServer
 from shim.mount import mountinfo
 from shim.registry.ref import ImageRef
 from shim.settings import Settings
@@ -26,6 +27,14 @@ from shim.settings import Settings
 BLOBS = "blobs"  # names in the descriptor store
 LISTENER = "listener"
 JOURNAL = "blobs.journal"
+_OLD_KERNEL = "this kernel cannot deliver requests again (FUSE_NOTIFY_RESEND needs Linux 6.9)"
+
+
+def possible(server: BlobServer) -> str:
+    """What becomes of reads should the server be killed: "" if a successor answers them, else why they fail."""
+    if not notify.keeps_fds():
+        return "nobody keeps its descriptor: it runs neither below `clip-shim daemon --supervise` nor as a systemd unit"
+    return "" if server.can_resend else _OLD_KERNEL
 
 
 def take(fds: dict[str, list[int]], run: Path) -> tuple[int, Journal] | None:
@@ -45,7 +54,7 @@ def take(fds: dict[str, list[int]], run: Path) -> tuple[int, Journal] | None:
                     return fd, journal
                 journal.close()
                 if journal.init is not None:
-                    reason = "this kernel cannot deliver requests again (FUSE_NOTIFY_RESEND needs Linux 6.9)"
+                    reason = _OLD_KERNEL
         if reason:
             log.error("the predecessor's blobs cannot be taken over: reads of running containers fail", reason=reason)
         os.close(fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
+SUPERVISOR = "CLIP_SHIM_SUPERVISOR"
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
@@ -30,6 +31,12 @@ def notify(text: str, fds: list[int] | None = None) -> bool:
 def keeps_fds() -> bool:
     """Whether somebody keeps descriptors for a successor of ours. FDSTORE is set by systemd since version 254."""
     return bool(os.environ.get("NOTIFY_SOCKET")) and os.environ.get("FDSTORE", "1") != "0"
+
+
+def supervisor() -> int | None:
+    """The process id of the `clip-shim daemon --supervise` that started us, if one did."""
+    text = os.environ.get(SUPERVISOR, "")
+    return int(text) if text.isdigit() and int(text) == os.getppid() else None
 
 
 def store(name: str, fd: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import fcntl
 import os
 import resource
 import select
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shim import __version__, log
+from shim.cache.ownership import own
 from shim.daemon import handover, jobs, mounter, notify, who
 from shim.daemon.background import Background
 from shim.daemon.cleaner import Cleaner
@@ -153,7 +153,9 @@ class Daemon:
                 },
                 *(passed.get("control", []) + passed.get(handover.LISTENER, []))[:1],
             )
-            if not passed and notify.store(handover.LISTENER, self._control.listener):
+            # who connects while we are replaced waits; systemd has a unit for that, which can be stopped
+            if notify.supervisor() and "control" not in passed:
+                notify.store(handover.LISTENER, self._control.listener)
                 self._control.outlives_us()
             self._metrics: Endpoint | None = None
             undo.pop_all()
@@ -298,6 +300,8 @@ class Daemon:
                 "version": __version__,
                 "tier": tier,
                 "tier_reason": reason,
+                "supervisor": notify.supervisor(),
+                "handover": handover.possible(self._server),
                 "uptime": round(time.monotonic() - self._since, 1),
                 "read_failures": self._failures.count,
             },
@@ -329,12 +333,9 @@ class Daemon:
 
 
 def _exclusive(path: Path) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return own(path)
     except BlockingIOError:
-        os.close(fd)
         raise CacheError(
             f"another daemon serves {path.parent}", hint="see `clip-shim status`; stop that one first"
         ) from None
-    return fd

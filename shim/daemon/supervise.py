@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from shim.cache.ownership import is_corpse
 from shim.daemon import notify
 from shim.daemon.fdstore import FdStore, remove_socket
 
@@ -45,7 +46,7 @@ class Supervisor:
 
     The successor of a killed server is started without waiting until that is reaped: a thread of it may hang in the
     kernel until somebody answers, and that is the successor. So whoever is dead but for that counts as ended
-    (`_is_corpse`). Orphans of servers, jobs that die with them, become our children and are reaped here.
+    (`is_corpse`). Orphans of servers, jobs that die with them, become our children and are reaped here.
     """
 
     def __init__(self, arguments: list[str], run_dir: Path) -> None:
@@ -96,6 +97,7 @@ class Supervisor:
         environ = {
             **os.environ,
             "NOTIFY_SOCKET": self._store.address,
+            notify.SUPERVISOR: str(os.getpid()),
             "FDSTORE": "16",  # as systemd says it since version 254
             "WATCHDOG_USEC": str(int(_WATCHDOG_SECONDS * 1e6)),
         }
@@ -141,7 +143,7 @@ class Supervisor:
                 return code
             if quiet:
                 self._trim()
-                if _is_corpse(pid):
+                if is_corpse(pid):
                     self._store.receive(pid)
                     return None
                 if not killed and time.monotonic() - self._store.last_ping > _WATCHDOG_SECONDS:
@@ -207,15 +209,6 @@ def _reap(server: int) -> int | None:
             return found
         if pid == server:
             found = os.waitstatus_to_exitcode(status)
-
-
-def _is_corpse(pid: int) -> bool:
-    """Whether a process is dead but for threads that the kernel cannot end yet: its first thread is a zombie."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-    except OSError:
-        return False  # reaped meanwhile
 
 
 def _adopt_orphans() -> None:

@@ -190,6 +190,11 @@ class BlobServer:
         self.send((proto.OUT_HEADER.pack(proto.OUT_HEADER.size + len(data), code, 0), data))
 
     @property
+    def can_resend(self) -> bool:
+        """Whether a successor can answer what we leave unanswered (Linux >= 6.9); False before the first request."""
+        return self.init is not None and self.init.can_resend
+
+    @property
     def waits(self) -> Histogram:
         """How long reads waited that were not answered from the cache."""
         return self._parked.waits

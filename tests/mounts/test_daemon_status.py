@@ -46,6 +46,8 @@ def test_everything_is_named(registry: Registry, tmp_path: Path) -> None:
         child = start(host, made)
         status = host.status()
         assert status["daemon"]["pid"] != daemon.pid  # the server, not its supervisor
+        assert status["daemon"]["supervisor"] == daemon.pid
+        assert status["daemon"]["handover"] == ""
         (image,) = status["images"]
         assert image["image"] == f"{proxy.address}/small:latest"
         assert image["overlays"] == 1

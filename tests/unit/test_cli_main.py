@@ -149,7 +149,8 @@ def test_status_reads_like_a_person_writes() -> None:
     index = "sha256:" + "b" * 64
     answer = {
         "daemon": {
-            "pid": 1, "version": "x", "tier": "erofs", "tier_reason": "it works", "uptime": 7300.0, "read_failures": 3
+            "pid": 1, "version": "x", "tier": "erofs", "tier_reason": "it works", "uptime": 7300.0, "read_failures": 3,
+            "handover": "old kernel",
         },
         "images": [{"image": "a/b:c", "index": index, "overlays": 2, "tier": "erofs", "layers": [layer["diff_id"]]}],
         "layers": [layer, {**layer, "diff_id": "sha256:" + "c" * 64, "size": 0, "open": 0}],
@@ -164,6 +165,7 @@ def test_status_reads_like_a_person_writes() -> None:
     assert "up 2 h" in lines[0]
     assert "1 reads wait, the oldest 2.5 s" in lines[2]
     assert "3 reads failed" in lines[2]
+    assert "should the daemon be killed, reads of running containers fail: old kernel" in lines[2]
     assert "a/b:c  bbbbbbbbbbbb           2       1  2.0 MiB  50.0 %    300 B" in lines
     assert "c1         a/b:c  /x" in lines
     assert "cccccccccccc      0 B   100 %    300 B     5       6         0  idle" in lines
