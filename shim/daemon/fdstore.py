@@ -69,7 +69,7 @@ class FdStore:
                     fds += list(struct.unpack(f"={len(payload) // 4}i", payload[: len(payload) // 4 * 4]))
                 elif kind == socket.SCM_CREDENTIALS:
                     sender = _CREDENTIALS.unpack(payload)[:2]
-            if sender == (server, 0):
+            if sender == (server, os.getuid()):
                 fds = self._obey(data, fds)
             for fd in fds:
                 os.close(fd)

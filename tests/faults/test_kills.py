@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
+import subprocess
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.support import images, killing
+from shim.cache.ownership import is_corpse
+from shim.fuse import connection, proto
+from tests.support import images, killing, smallimage
 from tests.support.daemonclient import log_lines
 from tests.support.host import Host, wait_for
 from tests.support.proxy import Proxy
@@ -52,6 +59,67 @@ def test_a_restart_takes_less_than_a_second() -> None:
         assert min(took) < 1.0
         assert child.poll() is None
         host.clip("umount", host.base / "tree")
+
+
+_HANG = """
+import os, sys, threading
+if sys.orig_argv[1:4] == ["-m", "shim", "daemon"] and "--supervise" not in sys.orig_argv:
+    if not os.path.exists(os.environ["CLIP_SHIM_TEST_HANG"] + ".done"):
+        open(os.environ["CLIP_SHIM_TEST_HANG"] + ".done", "w").close()
+        threading.Thread(target=os.stat, args=(os.environ["CLIP_SHIM_TEST_HANG"] + "/file",), daemon=True).start()
+"""
+
+
+@contextmanager
+def silent(directory: Path) -> Iterator[None]:
+    """A FUSE mount whose requests are read and never answered."""
+    directory.mkdir()
+    fd = connection.mount(directory)
+    os.set_blocking(fd, True)
+
+    def serve() -> None:
+        init = os.read(fd, proto.REQUEST_BUFFER)
+        body = proto.init_out(proto.negotiate(memoryview(init)[proto.IN_HEADER.size :]))
+        unique = proto.IN_HEADER.unpack_from(init)[2]
+        os.write(fd, proto.OUT_HEADER.pack(proto.OUT_HEADER.size + len(body), 0, unique) + body)
+        with suppress(OSError):
+            while True:
+                os.read(fd, proto.REQUEST_BUFFER)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-f", "-l", directory], check=True)  # aborts the connection: who hangs gets an error
+        thread.join()
+        os.close(fd)
+
+
+def test_the_dead_are_not_waited_for() -> None:
+    """A killed server with a thread that hangs in the kernel cannot be reaped, and keeps its locks: reads go on."""
+    with Registry() as registry, Host() as host, silent(host.base / "silent"):
+        images.push(images.image("shared-a"), registry.host)
+        host.trust_registry(registry.host)
+        index = host.index(f"{registry.host}/shared-a:latest", "a")
+        (host.base / "site").mkdir()
+        (host.base / "site/sitecustomize.py").write_text(_HANG)
+        host.env |= {"PYTHONPATH": str(host.base / "site"), "CLIP_SHIM_TEST_HANG": str(host.base / "silent")}
+        child = host.start_daemon()
+        (host.base / "tree").mkdir()
+        host.clip("mount", index, host.base / "tree")
+        old = killing.server_pid(host)
+        os.kill(old, signal.SIGKILL)
+        begin = time.monotonic()
+        done = host.run("sha256sum", host.base / "tree/common/11", timeout=30)
+        print(f"after {time.monotonic() - begin:.2f} s")
+        assert done.stdout.split()[0] == hashlib.sha256(smallimage.noise(111, 400_000)).hexdigest()
+        assert is_corpse(old)
+        assert killing.server_pid(host) != old
+        host.clip("umount", host.base / "tree")
+        host.clip("mount", index, host.base / "tree")
+        host.clip("umount", host.base / "tree")
+    assert child.wait(10) == 0
 
 
 def survive(address: str, seed: int, kills: int, *, readers: list[str], image: str) -> killing.Report:
