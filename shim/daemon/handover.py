@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shim import log
-from shim.daemon import notify, prepare
+from shim.daemon import archives, notify, prepare
 from shim.daemon.imagetree import ImageTree
 from shim.daemon.layers import Layers
 from shim.daemon.served import Source
@@ -79,7 +79,7 @@ def restore(settings: Settings, journal: Journal, layers: Layers, trees: Trees) 
             continue
         hex_ = directory.name
         blobs = {layer["blob"] for layer in meta["layers"]}
-        again = _serve_again(layers, hex_, meta, directory, names)
+        again = _serve_again(settings, layers, hex_, meta, directory, names)
         served |= again
         entry = mounts.get(os.fsencode(hex_))
         if entry is not None and entry.fs_type == b"erofs" and again == blobs:
@@ -91,17 +91,20 @@ def restore(settings: Settings, journal: Journal, layers: Layers, trees: Trees) 
         log.error("a predecessor's layers are known no more: reads of them fail", layers=sorted(names - served))
 
 
-def _serve_again(layers: Layers, tree: str, meta: dict[str, Any], directory: Path, names: set[str]) -> set[str]:
+def _serve_again(
+    settings: Settings, layers: Layers, tree: str, meta: dict[str, Any], directory: Path, names: set[str]
+) -> set[str]:
     """Those layers of a tree that are in `names`. Trust was judged when the tree was mounted."""
     done = set()
-    for number, layer in enumerate(meta["layers"]):
-        if layer["blob"] in names:
-            try:
-                source = Source(ImageRef.parse(meta["image"], local_paths=False), layer["digest"])
-                layers.add_one(tree, number, layer, directory / f"spans.{number}", source)
-                done.add(layer["blob"])
-            except ShimError as error:
-                log.error("a layer cannot be served again", layer=layer["diff_id"], index=tree, error=str(error))
+    wanted = [(number, layer) for number, layer in enumerate(meta["layers"]) if layer["blob"] in names]
+    for number, layer in wanted:
+        try:
+            place = archives.source(meta, directory, None, settings)
+            source = Source(ImageRef.parse(meta["image"], local_paths=False), layer["digest"], archive=place)
+            layers.add_one(tree, number, layer, directory / f"spans.{number}", source)
+            done.add(layer["blob"])
+        except ShimError as error:
+            log.error("a layer cannot be served again", layer=layer["diff_id"], index=tree, error=str(error))
     return done
 
 
