@@ -52,6 +52,10 @@ browser-test: venv ## look at `clip-shim report` in Chromium (root; installs Deb
 bench: venv ## measure, print the tables and renew tests/bench/README.md (root, ~15 minutes)
 	@cd '$(HERE)' && exec nice -n 0 '$(VENV)/bin/python' -m tests.bench $(ARGS)
 
+.PHONY: soak
+soak: venv ## kill the server 100 times under load, run 1,000 containers: nothing may fail or grow (root, ~15 minutes)
+	@cd '$(HERE)' && exec '$(VENV)/bin/python' -m tests.soak $(ARGS)
+
 .PHONY: lint
 lint: venv ## ruff, mypy and the structure rules
 	@cd '$(HERE)' && exec '$(VENV)/bin/python' -m pytest -q tests/unit/test_style.py $(ARGS)

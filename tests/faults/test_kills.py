@@ -15,7 +15,6 @@ from pathlib import Path
 from shim.cache.ownership import is_corpse
 from shim.fuse import connection, proto
 from tests.support import images, killing, smallimage
-from tests.support.daemonclient import log_lines
 from tests.support.host import Host, wait_for
 from tests.support.proxy import Proxy
 from tests.support.registry import Registry
@@ -28,7 +27,7 @@ def test_nobody_notices_sixteen_kills() -> None:
     with Registry() as registry, Proxy(registry.host, round_trip=0.02, rate=4e6) as proxy:
         for name in ("small", "shared-a", "shared-b"):
             images.push(images.image(name), registry.host)
-        report = survive(proxy.address, SEED, KILLS, readers=["shared-a"], image="small")
+        report = killing.trial(proxy.address, SEED, KILLS, readers=["shared-a"], image="small")
     assert sum(report.kills.values()) == KILLS
     assert len(report.kills) >= KILLS // 2, f"points that were passed: {report.kills}"
     assert report.passes
@@ -120,29 +119,3 @@ def test_the_dead_are_not_waited_for() -> None:
         host.clip("mount", index, host.base / "tree")
         host.clip("umount", host.base / "tree")
     assert child.wait(10) == 0
-
-
-def survive(address: str, seed: int, kills: int, *, readers: list[str], image: str) -> killing.Report:
-    """A host whose images are behind `address`; kills; a look at what is left. Prints what it saw."""
-    with Host(settings={"CLIP_SHIM_TREE_LINGER": "0s"}) as host:
-        host.trust_registry(address)
-        indexes = {name: host.index(f"{address}/{name}:latest", name) for name in {*readers, image, "shared-b"}}
-        chosen = killing.prepare(host, seed, kills)
-        child = host.start_daemon()
-        trees = {}
-        for name in readers:
-            trees[name] = host.base / name
-            trees[name].mkdir()
-            host.clip("mount", indexes[name], trees[name])
-        work = killing.Work(host, trees, indexes[image], image, indexes["shared-b"], loops=2)
-        report = killing.survive(host, child.pid, seed, chosen, work, patience=1.5)
-        print(report)
-        assert not log_lines(host, "read failed")
-        for tree in trees.values():
-            host.clip("umount", tree)
-        assert host.clip_overlays() == []
-        child.terminate()
-        assert child.wait(30) == 0
-        assert host.mounts() == []
-        assert sorted(path.name for path in Path(host.run_dir).glob("*.sock")) == []
-    return report

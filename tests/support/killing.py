@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support import bundle, expected, images
-from tests.support.daemonclient import Client, descendants
+from tests.support.daemonclient import Client, descendants, log_lines
 from tests.support.host import Host, wait_for
 
 # point → (module, function, before or after it runs)
@@ -138,6 +138,32 @@ class Report:
             f"{self.runs} containers; cached reads over restarts waited {statistics.median(waits):.2f} s (median), "
             f"at most {max(waits):.2f} s"
         )
+
+
+def trial(address: str, seed: int, kills: int, *, readers: list[str], image: str) -> Report:
+    """A host whose images are behind `address`; kills; a look at what is left. Prints what it saw."""
+    with Host(settings={"CLIP_SHIM_TREE_LINGER": "0s"}) as host:
+        host.trust_registry(address)
+        indexes = {name: host.index(f"{address}/{name}:latest", name) for name in {*readers, image, "shared-b"}}
+        chosen = prepare(host, seed, kills)
+        child = host.start_daemon()
+        trees = {}
+        for name in readers:
+            trees[name] = host.base / name
+            trees[name].mkdir()
+            host.clip("mount", indexes[name], trees[name])
+        work = Work(host, trees, indexes[image], image, indexes["shared-b"], loops=2)
+        report = survive(host, child.pid, seed, chosen, work, patience=1.5)
+        print(report)
+        assert not log_lines(host, "read failed")
+        for tree in trees.values():
+            host.clip("umount", tree)
+        assert host.clip_overlays() == []
+        child.terminate()
+        assert child.wait(30) == 0
+        assert host.mounts() == []
+        assert sorted(path.name for path in Path(host.run_dir).glob("*.sock")) == []
+    return report
 
 
 def prepare(host: Host, seed: int, kills: int) -> list[str]:
