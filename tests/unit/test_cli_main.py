@@ -152,7 +152,10 @@ def test_status_reads_like_a_person_writes() -> None:
             "pid": 1, "version": "x", "tier": "erofs", "tier_reason": "it works", "uptime": 7300.0, "read_failures": 3,
             "handover": "old kernel",
         },
-        "images": [{"image": "a/b:c", "index": index, "overlays": 2, "tier": "erofs", "layers": [layer["diff_id"]]}],
+        "images": [
+            {"image": "a/b:c", "index": index, "overlays": 2, "layers": [layer["diff_id"]], "step": "lazy",
+             "reason": ""}
+        ],
         "layers": [layer, {**layer, "diff_id": "sha256:" + "c" * 64, "size": 0, "open": 0}],
         "containers": [
             {"id": "c1", "rootfs": "/x", "index": index}, {"id": "evil\x1b[2J", "rootfs": "/y", "index": index}
