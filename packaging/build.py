@@ -43,7 +43,7 @@ COMPILED = ("isal", "fastcrc")  # a wheel for each version of Python
 # What Debian 12 has of requests and urllib3 is too old, and its boto3 cannot live with newer ones.
 PURE = (
     "mfusepy", "requests", "urllib3", "idna", "certifi", "charset-normalizer", "boto3", "botocore", "s3transfer",
-    "jmespath", "python-dateutil", "six",
+    "jmespath", "python-dateutil", "six", "tomlkit",
 )  # fmt: skip
 SERVICES = ("s3", "sts", "sso", "sso-oidc", "signin")  # of the four hundred that botocore describes
 HOME = Path("/usr/lib/clip-shim")

@@ -206,7 +206,7 @@ def crio(node: Node) -> Iterator[Result]:
 
 def _crio_process(node: Node, process: running.Process, filed: dict[str, str]) -> Iterator[Result]:
     who = f"crio (pid {process.pid})"
-    reload = "run `systemctl reload crio`, or restart it"
+    reload = "run `systemctl restart crio`: running containers go on"
     try:
         text = running.get(process.path(process.option(crio_files.SOCKET, "listen").removeprefix("unix://")), "/config")
         table = tomllib.loads(text.decode()).get("crio", {}).get("runtime", {}).get("runtimes", {})
