@@ -1,6 +1,6 @@
 """`make bench`: measure everything that is promised, print the table, and renew tests/bench/README.md.
 
-    python -m tests.bench [--only index,trees,starts,far,memory,wrapper] [--rounds N] [--big-gib N]
+    python -m tests.bench [--only index,trees,starts,far,memory,load,wrapper] [--rounds N] [--big-gib N]
 
 Run on a machine that does nothing else. With --only nothing is written.
 """
@@ -15,14 +15,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import indexing, memory, starts, trees
+from tests.bench import indexing, load, memory, starts, trees
 from tests.bench.common import Row, run, table
 from tests.support import expected, images
 from tests.support.host import Host
 from tests.support.registry import Registry
 
 README = Path(__file__).with_name("README.md")
-PARTS = ("index", "trees", "starts", "far", "memory", "wrapper")
+PARTS = ("index", "trees", "starts", "far", "memory", "load", "wrapper")
 
 
 class Bench:
@@ -69,6 +69,9 @@ class Bench:
     def memory(self, host: Host) -> list[Row]:
         return memory.measure(host, self.registry)
 
+    def load(self, _host: Host) -> list[Row]:
+        return load.measure(self.registry)  # on hosts of its own
+
     def wrapper(self, _host: Host) -> list[Row]:
         command = [sys.executable, "-m", "tests.bench.wrapper"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)  # its own directories
@@ -88,11 +91,11 @@ def write_readme(rows: list[Row]) -> None:
         f"`make bench` on {datetime.date.today():%Y-%m-%d}: Linux {os.uname().release}, {os.cpu_count()} CPUs, "
         f"{memory_gib:.0f} GiB, ext4. Medians; ratios are taken pair by pair within one run.\n\n"
         f"{table(rows)}\n\n"
-        "How: `indexing.py`, `trees.py`, `starts.py`, `memory.py`, `wrapper.py`. `debian` is a Debian with Python "
-        "in one layer,\n`science` adds numpy, pandas and scikit-learn (tests/support/recipes.py); the registry is "
-        "Debian's docker-registry on\nloopback, the far one behind a proxy of 30 ms and 100 MB/s a connection. Cold: a "
-        "new daemon with an empty cache, page\ncache dropped; warm: the same container again. `needed` is found by "
-        "mincore(2) over the tree after the run.\n"
+        "How: `indexing.py`, `trees.py`, `starts.py`, `memory.py`, `load.py`, `wrapper.py`. `debian` is a Debian with "
+        "Python in one layer,\n`science` adds numpy, pandas and scikit-learn (tests/support/recipes.py); the registry "
+        "is Debian's docker-registry on\nloopback, the far one behind a proxy of 30 ms and 100 MB/s a connection. "
+        "Cold: a new daemon with an empty cache, page\ncache dropped; warm: the same container again. `needed` is "
+        "found by mincore(2) over the tree after the run.\n"
     )
 
 

@@ -16,9 +16,8 @@ from tests.support.daemonclient import log_lines
 from tests.support.faultserver import FaultServer
 from tests.support.host import Host, stop, wait_for
 from tests.support.lazytree import FILES, right, sha256, tree
+from tests.support.load import EVERYTHING
 from tests.support.registry import Registry
-
-SUM = "find / -xdev -type f -exec sha256sum {} + | sort | sha256sum"
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def test_a_boot_without_network(server: FaultServer, tmp_path: Path) -> None:
             made = bundle.make(tmp_path / "first", ["sh", "-c", "echo ready; sleep 1000"], index=index)
             child = host.start(*host.oci, "run", "--bundle", made, "first", log="first")
             wait_for("the container runs", lambda: "ready" in (host.base / "log" / "first").read_text())
-            expected = run(host, tmp_path / "sum", reference, SUM)
+            expected = run(host, tmp_path / "sum", reference, EVERYTHING)
             code, answer = drain(host)
             assert (code, answer["independent"]) == (0, True)
             assert any(row["containers"] == ["first"] for row in answer["images"])
@@ -67,8 +66,8 @@ def test_a_boot_without_network(server: FaultServer, tmp_path: Path) -> None:
         host.run_dir.mkdir(mode=0o700)
 
         host.start_daemon()  # and nobody listens at the registry's address
-        assert run(host, tmp_path / "second", index, SUM) == expected
-        assert run(host, tmp_path / "third", reference, SUM) == expected
+        assert run(host, tmp_path / "second", index, EVERYTHING) == expected
+        assert run(host, tmp_path / "third", reference, EVERYTHING) == expected
         assert drain(host)[0] == 0
         assert log_lines(host, "read failed") == []
 
