@@ -14,9 +14,9 @@ from shim.cache.transfer import Job
 from shim.daemon.flights import Flights
 from shim.daemon.layers import Layers
 from shim.daemon.served import ServedLayer, Source
+from shim.daemon.trust import registry_client
 from shim.errors import CacheError, DaemonError, RegistryError, ShimError
 from shim.layers.inflate import inflate_spans
-from shim.registry.client import RegistryClient
 from shim.registry.retry import RetryPolicy
 from shim.settings import Settings
 
@@ -34,7 +34,7 @@ class Eager:
 
     def __init__(self, settings: Settings, layers: Layers) -> None:
         self._layers = layers
-        self._client = RegistryClient(settings["registries"], policy=RetryPolicy(attempts=2))
+        self._client = registry_client(settings, policy=RetryPolicy(attempts=2))
         self._flights = Flights()
 
     def fill(self, names: list[str], until: float) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from shim import log
 from shim.archive import remote
 from shim.cache.seed import Seed
+from shim.daemon.trust import registry_client
 from shim.index import codec, container
 from shim.index.build import build_index
-from shim.registry.client import RegistryClient
 from shim.registry.ref import ImageRef
 from shim.settings import Settings
 from shim.stores import urls
@@ -27,7 +27,7 @@ def index_image(settings: Settings, image: ImageRef, path: str) -> str:
 
     All its bytes come by, and a container is about to read some: they are put into the cache.
     """
-    client = RegistryClient(settings["registries"])
+    client = registry_client(settings)
     cache = settings.state_dir / "cache"
     try:
         index = build_index(
@@ -43,20 +43,20 @@ def index_image(settings: Settings, image: ImageRef, path: str) -> str:
 
 def find_in_store(settings: Settings, url: str, image: ImageRef, path: str) -> bool:
     """Write the index that the store at `url` has of `image` to `path`; False: it has none."""
-    with Stores(settings) as stores, open(path, "wb") as out:
+    with Stores(settings, registry_client(settings)) as stores, open(path, "wb") as out:
         return stores.store(url).find(image, out)
 
 
 def fetch_by_name(settings: Settings, url: str, name: str, path: str) -> bool:
     """Write what the store at `url` has under `name` to `path`; False: nothing, or it has no names."""
-    with Stores(settings) as stores, open(path, "wb") as out:
+    with Stores(settings, registry_client(settings)) as stores, open(path, "wb") as out:
         store = stores.store(url)
         return isinstance(store, S3Store | DirectoryStore) and store.fetch(name, out)
 
 
 def keep_in_store(settings: Settings, url: str, image: ImageRef, path: str) -> str:
     """Store the index at `path` in the store at `url`, unless it has one of `image`; where it is."""
-    with Stores(settings) as stores:
+    with Stores(settings, registry_client(settings)) as stores:
         return stores.store(url).keep(image, Path(path))
 
 
@@ -64,7 +64,7 @@ def pull_url(settings: Settings, url: str, path: str, known: str | None) -> str 
     """`Stores.pull` of an index to `path`. Of an archive its index alone comes, which says where the data are."""
     place = urls.parse(url)
     if isinstance(place, S3Place) and not place.is_store and (known is None or known.startswith(_ARCHIVED)):
-        with Stores(settings) as stores:
+        with Stores(settings, registry_client(settings)) as stores:
             data = remote.read_index(stores.s3(place), place)
         if data is not None:
             tag = _ARCHIVED + sha256(data).hexdigest()
@@ -72,5 +72,5 @@ def pull_url(settings: Settings, url: str, path: str, known: str | None) -> str 
                 return None
             Path(path).write_bytes(data)
             return tag
-    with Stores(settings) as stores, open(path, "w+b") as out:
+    with Stores(settings, registry_client(settings)) as stores, open(path, "w+b") as out:
         return stores.pull(url, out, known=known, limit=container.MAX_FILE)

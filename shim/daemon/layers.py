@@ -20,12 +20,11 @@ from shim.daemon.access import Access, Held
 from shim.daemon.profile import Recording
 from shim.daemon.served import ServedLayer, Source, Traffic
 from shim.daemon.trace import Listener, WatchedBlob
-from shim.daemon.trust import check_registry
+from shim.daemon.trust import check_registry, registry_client
 from shim.errors import CacheError, IntegrityError, RegistryError, ShimError, StoreError
 from shim.fuse.blob import Waiting
 from shim.fuse.server import BlobServer
 from shim.index.spanfile import SpanFile
-from shim.registry.client import RegistryClient
 from shim.registry.credentials import CredentialStore
 from shim.registry.hooks import Hooks
 from shim.registry.ref import ImageRef
@@ -54,10 +53,10 @@ class Layers:
         hooks = Hooks()
         credentials = CredentialStore(hooks=hooks)
         pool_size = settings["fetch.threads"] * 2
-        self._client = RegistryClient(settings["registries"], hooks=hooks, credentials=credentials, pool_size=pool_size)
+        self._client = registry_client(settings, hooks=hooks, credentials=credentials, pool_size=pool_size)
         # for a layer that another repository has too: a host that hangs is left after seconds, not after half a minute
-        self._impatient = RegistryClient(
-            settings["registries"],
+        self._impatient = registry_client(
+            settings,
             hooks=hooks,
             credentials=credentials,
             policy=RetryPolicy(attempts=1, mirror_attempts=1),

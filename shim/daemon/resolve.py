@@ -23,7 +23,7 @@ from shim.daemon import indexjobs, jobs
 from shim.daemon.flights import Flights
 from shim.daemon.foreign import ForeignFiles
 from shim.daemon.imageindexes import Announce, ImageIndexes, archive_of, image_of
-from shim.daemon.trust import Trust
+from shim.daemon.trust import Trust, registry_client
 from shim.errors import (
     AbsentError,
     DaemonError,
@@ -36,7 +36,6 @@ from shim.errors import (
 )
 from shim.index import container
 from shim.registry import platform as platforms
-from shim.registry.client import RegistryClient
 from shim.registry.ref import ImageRef, check_digest
 from shim.registry.retry import RetryPolicy
 from shim.settings import Settings
@@ -58,8 +57,8 @@ class Resolver:
         """Raises ConfigError and UsageError for settings that make no sense."""
         self._settings = settings
         self._trust = Trust(settings)
-        self._client = RegistryClient(
-            settings["registries"], policy=RetryPolicy(attempts=3), deadline=settings["mount_deadline"] / 3
+        self._client = registry_client(
+            settings, policy=RetryPolicy(attempts=3), deadline=settings["mount_deadline"] / 3
         )
         self._oci = OciStore(self._client)
         self.indexes = ImageIndexes(settings, self._client)

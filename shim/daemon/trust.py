@@ -8,6 +8,7 @@ import socket
 from typing import Any
 
 from shim.errors import ConfigError, TrustError
+from shim.registry.client import RegistryClient
 from shim.registry.ref import ImageRef
 from shim.registry.transport import is_internal
 from shim.settings import Settings
@@ -56,6 +57,23 @@ class Trust:
             )
 
 
+def registry_client(settings: Settings, **options: Any) -> RegistryClient:
+    """A client as the daemon and its jobs must use it: what images and references name leads out of this machine.
+
+    A registry (or where it redirects to, or gets its tokens from) whose *name* turns out to be a loopback or link-local
+    address is refused unless `trust` names it, or the configuration says where it is. It is the connection that is
+    looked at, so a name that is resolved twice can not lead elsewhere the second time.
+    """
+    narrower = [rules.get("registries", []) for rules in settings["trust.sources"].values() if isinstance(rules, dict)]
+    listed = [item.partition("/")[0] for items in (settings["trust.registries"], *narrower) for item in items]
+
+    def inside(name: str) -> bool:
+        host, port = _split(name)
+        return any(place != "*" and _split(place) in ((host, port), (host, "")) for place in listed)
+
+    return RegistryClient(settings["registries"], inside=inside, **options)
+
+
 def _texts(value: Any, key: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) and item.isprintable() for item in value):
         raise ConfigError(f"`{key}` must be a list of texts")
@@ -67,8 +85,8 @@ def check_registry(registry: str, trusted: tuple[str, ...], repository: str = ""
     host[:port]/REPOSITORY, which stands for that repository and all below it.
 
     "*" stands for all that are not this machine (loopback) or its neighbours on the link, where metadata services live,
-    however the address is written: 127.1, 0x7f000001 and 2130706433 are 127.0.0.1 to the C library. Names are not
-    looked up: what they mean can change between the look and the use.
+    however the address is written: 127.1, 0x7f000001 and 2130706433 are 127.0.0.1 to the C library. What names mean is
+    looked at when they are used: see registry_client.
     """
     host, port = _split(registry)
     for item in trusted:

@@ -18,13 +18,13 @@ import certifi
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
-from requests.utils import get_environ_proxies
+from requests.utils import get_environ_proxies, select_proxy
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from shim import __version__
 from shim.errors import ConfigError, RegistryError
-from shim.registry.transport import TLS, is_loopback, origin_of
+from shim.registry.transport import TLS, is_internal, is_loopback, origin_of
 from shim.registry.watchdog import Watch, Watchdog
 
 # urllib3 logs request lines with their query, which is where presigned URLs keep their signature
@@ -36,13 +36,33 @@ USER_AGENT = f"clip-shim/{__version__}"
 SYSTEM_CAS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 
 _watchdog = Watchdog()
-_call = threading.local()  # .seconds: how long this thread's exchange may take; .watch: what guards it
+# of this thread's exchange: .seconds it may take; .watch, what guards it; .outside: it must leave this machine
+_call = threading.local()
+
+
+class _InsideError(OSError):
+    """A name has led to this machine or its link."""
 
 
 class _Watched:
-    """Mixed into urllib3's connections: the answer, from its first byte, stands under the watchdog."""
+    """Mixed into urllib3's connections: the answer, from its first byte, stands under the watchdog; and what a name has
+    led to is looked at before a byte is sent there, on the connection itself, so that no second look-up can differ."""
 
     sock: socket.socket | None
+
+    def _new_conn(self) -> socket.socket:
+        sock: socket.socket = super()._new_conn()  # type: ignore[misc]
+        try:
+            _check_peer(sock)
+        except _InsideError:
+            sock.close()
+            raise
+        return sock
+
+    def putrequest(self, *args: Any, **kwargs: Any) -> None:
+        if self.sock is not None:  # from the pool: it may have been made for another who may
+            _check_peer(self.sock)
+        super().putrequest(*args, **kwargs)  # type: ignore[misc]
 
     def getresponse(self) -> Any:
         watch = None
@@ -54,6 +74,13 @@ class _Watched:
             if watch is not None:
                 _watchdog.cancel(watch)
             raise
+
+
+def _check_peer(sock: socket.socket) -> None:
+    if getattr(_call, "outside", False):
+        peer = str(sock.getpeername()[0])
+        if is_internal(peer):
+            raise _InsideError(peer)
 
 
 class _Http(_Watched, HTTPConnection):
@@ -143,8 +170,16 @@ class Sessions:
         self._lock = threading.Lock()
 
     def send(
-        self, method: str, url: str, headers: Mapping[str, str], tls: TLS, body: bytes | None, seconds: float | None
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        tls: TLS,
+        body: bytes | None,
+        seconds: float | None,
+        outside: bool,
     ) -> Answer:
+        """outside: the host must not turn out to be this machine or its link (a proxy finds it by itself)."""
         origin = origin_of(url)
         connect, read = self._timeouts
         if seconds is not None:
@@ -162,6 +197,7 @@ class Sessions:
             )
             # as Go does, loopback never goes through a proxy
             proxies = {} if is_loopback(origin.host) else get_environ_proxies(url)
+            _call.outside = outside and not select_proxy(url, proxies)
             response = self._adapter(tls if origin.scheme == "https" else None).send(
                 request, stream=True, timeout=(connect, read), verify=not tls.skip_verify, proxies=proxies
             )
@@ -251,6 +287,11 @@ def _network_error(error: BaseException, host: str, watch: Watch | None) -> Regi
         return _late(host)
     chain = list(_causes(error))
     for cause in chain:
+        if isinstance(cause, _InsideError):
+            return RegistryError(
+                f"the name of {host} leads to {cause}, this machine or its link: refused",
+                hint=f"name {host} in `trust.registries` if that is meant",
+            )
         if isinstance(cause, ssl.SSLCertVerificationError):
             return RegistryError(
                 f"the certificate of {host} is not trusted: {cause.verify_message}",

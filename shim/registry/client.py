@@ -66,13 +66,17 @@ class RegistryClient:
         deadline: float = 60.0,
         max_discard: int = MAX_DISCARD,
         certs_dirs: Sequence[str] = CERTS_DIRS,
+        inside: Callable[[str], bool] | None = None,
     ) -> None:
+        """inside(host[:port]): whether a name may lead to this machine or its link; None: any may, as people who type
+        a name want it."""
         self._hooks = hooks or Hooks()
         self._hosts = Hosts(registries, certs_dirs)
         self._credentials = credentials or CredentialStore(hooks=self._hooks)
         self._policy = policy or RetryPolicy()
         self._deadline = deadline
         self._max_discard = max_discard
+        self._inside = inside
         self._transport = Transport(
             self._hooks, pool_size=pool_size, connect_timeout=connect_timeout, read_timeout=read_timeout
         )
@@ -235,7 +239,10 @@ class RegistryClient:
         with self._lock:
             known = self._endpoints.get(registry)
             if known is None:
-                known = [Endpoint(host, self._transport, self._credentials) for host in self._hosts.of(registry)]
+                known = [
+                    Endpoint(host, self._transport, self._credentials, self._inside)
+                    for host in self._hosts.of(registry)
+                ]
                 self._endpoints[registry] = known
                 while len(self._endpoints) > MAX_REGISTRIES:
                     self._endpoints.popitem(last=False)

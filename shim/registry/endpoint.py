@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlencode, urljoin
 
@@ -48,8 +48,12 @@ class Call:
 class Endpoint:
     """Thread-safe."""
 
-    def __init__(self, host: Host, transport: Transport, store: CredentialStore) -> None:
+    def __init__(
+        self, host: Host, transport: Transport, store: CredentialStore, inside: Callable[[str], bool] | None = None
+    ) -> None:
+        """inside: see RegistryClient."""
         self.host = host
+        self._inside = inside
         self._transport = transport
         self._hooks = transport.hooks
         self._auth = Authenticator(host.origin, host.credential_key, store, self._fetch_token, transport.hooks)
@@ -175,8 +179,24 @@ class Endpoint:
     ) -> Response:
         tls = self.host.tls.foreign() if away else self.host.tls
         return self._transport.exchange(
-            call.method, url, headers, tls=tls, kind=call.kind, deadline=deadline, body=call.body
+            call.method,
+            url,
+            headers,
+            tls=tls,
+            kind=call.kind,
+            deadline=deadline,
+            body=call.body,
+            outside=self._must_be_outside(url),
         )
+
+    def _must_be_outside(self, url: str) -> bool:
+        """Whether a name's answer may not be an address of this machine. What is *written* as one was judged before."""
+        if self._inside is None or is_internal(self.host.origin.host):
+            return False
+        there = origin_of(url)
+        if there == self.host.origin and (self.host.is_given or self._inside(self.host.registry)):
+            return False
+        return not self._inside(there.netloc)
 
     def _fetch_token(
         self, url: str, headers: dict[str, str], form: bytes | None, deadline: float | None
@@ -194,6 +214,7 @@ class Endpoint:
                 kind="token",
                 deadline=deadline,
                 body=form,
+                outside=self._must_be_outside(url),
             )
             if response.status not in REDIRECTS or form is not None or "Location" not in response.headers:
                 return response.status, response.read_all(MAX_TOKEN_ANSWER)

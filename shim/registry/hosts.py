@@ -51,6 +51,7 @@ class Host:
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     capabilities: frozenset[str] = frozenset((PULL, RESOLVE))
     is_mirror: bool = False
+    is_given: bool = False  # the configuration says where it is
 
     @property
     def name(self) -> str:
@@ -127,7 +128,8 @@ class Hosts:
         if tls == NO_TLS and origin.scheme == "https":
             tls = self._certs_d(origin)
         base = f"{origin.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v2')}"
-        return Host(registry, base, origin, tls, _headers(entry, key), _capabilities(entry, key), is_mirror)
+        given = is_mirror or bool(entry.get("host"))
+        return Host(registry, base, origin, tls, _headers(entry, key), _capabilities(entry, key), is_mirror, given)
 
     def _certs_d(self, origin: Origin) -> TLS:
         """*.crt are CAs, NAME.cert with NAME.key a client certificate."""

@@ -181,8 +181,11 @@ class Transport:
         kind: str = "blob",
         deadline: float | None = None,
         body: bytes | None = None,
+        outside: bool = False,
     ) -> Response:
         """Send one request and wait for the head of the answer. No status is an error here.
+
+        outside: refuse a host whose name leads to loopback or link-local addresses.
 
         `deadline` is on `hooks.clock` and also bounds the reading of the body. Raises RegistryError, retryable when
         the network is to blame, and ConfigError when a certificate file cannot be used.
@@ -194,7 +197,7 @@ class Transport:
         self.counters.add(origin.netloc, kind, requests=1)
         try:
             self.hooks.fault("send", f"{method} {origin.netloc}")
-            answer = self._lazy().send(method, url, headers, tls or TLS(), body, seconds)
+            answer = self._lazy().send(method, url, headers, tls or TLS(), body, seconds, outside)
         except RegistryError:
             self.counters.add(origin.netloc, kind, errors=1)
             raise
