@@ -13,11 +13,12 @@ from typing import Protocol
 
 from shim.errors import IntegrityError, LayerError, RegistryError, ShimError, UsageError
 from shim.index.merge import TreeMerger
-from shim.index.model import Index, Layer
+from shim.index.model import Index, Layer, Tree
 from shim.layers.scan import LayerScanner, ScanResult
 from shim.layers.tar import TarEntry, TarWalker
 from shim.registry.client import Descriptor, Manifest, RegistryClient
 from shim.registry.ref import ImageRef
+from shim.runtime.reference import MARKER, MARKER_DIR, MARKER_FILE
 
 DEFAULT_CHECKPOINT_MIB = 2
 MAX_CHECKPOINT_MIB = 64
@@ -80,12 +81,22 @@ def build_index(
                 )
             merger.apply(scanned.entries, number)
             layers.append(layer_of(manifest.layers[number], scanned.result))
+    tree = merger.finish()
+    _refuse_thin(ref, tree)
     if merger.dropped and warn is not None:
         parts = ", ".join(f"{count} {reason}s" for reason, count in sorted(merger.dropped.items()))
         warn(f"left out, since no container may see it: {parts}")
-    return Index(
-        ref.image, manifest.digest, manifest.platform, manifest.config_raw, layers, merger.finish(), checkpoint_mib
-    )
+    return Index(ref.image, manifest.digest, manifest.platform, manifest.config_raw, layers, tree, checkpoint_mib)
+
+
+def _refuse_thin(ref: ImageRef, tree: Tree) -> None:
+    """What stands in a thin image, or one built from it, is not what its containers have."""
+    directory = (tree.root.children or {}).get(MARKER_DIR.encode())
+    if directory is not None and MARKER_FILE.encode() in (directory.children or {}):
+        raise LayerError(
+            f"{ref} is a thin image, or was built from one: most of its tree is in another image",
+            hint=f"name that one; where the image is unpacked, `clip-shim inspect` on its {MARKER} says which it is",
+        )
 
 
 def layer_of(descriptor: Descriptor, result: ScanResult) -> Layer:

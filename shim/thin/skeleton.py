@@ -19,8 +19,9 @@ from typing import BinaryIO
 from shim.errors import LayerError, UsageError
 from shim.index.merge import show_path
 from shim.index.model import Node, Tree
+from shim.runtime.reference import MARKER, MARKER_DIR
 
-MARKER_DIR, MARKER = b"/.clip", b"/.clip/index.clip"
+_DIR, _MARKER = b"/" + MARKER_DIR.encode(), MARKER.encode()
 READ_BY_ENGINES = (b"/etc/passwd", b"/etc/group")
 MAX_LINKS = 40  # symlinks followed for one path: the kernel's bound
 MAX_STEPS = 2_000_000  # path components walked, all in all: symlink mazes end here
@@ -99,15 +100,10 @@ class Paths:
 def select(tree: Tree, volumes: Iterable[bytes], max_bytes: int) -> Skeleton:
     """The part of `tree` that a thin image holds. volumes: paths whose content belongs to it.
 
-    Raises UsageError when the content has more than `max_bytes`, LayerError for a tree that is a thin image's itself.
+    Raises UsageError when the content has more than `max_bytes`, LayerError for a maze of links.
     """
     paths = Paths(tree)
     skeleton = Skeleton(tree.root)
-    if paths.follow(MARKER)[1] is not None:
-        raise LayerError(
-            "the image has /.clip/index.clip: it is a thin image, or was built from one",
-            hint="convert the image that it was made from; `clip-shim inspect` on that file names it",
-        )
     wanted: set[bytes] = set()
     largest = _add_content(skeleton, wanted, paths, volumes)
     if skeleton.content_bytes > max_bytes:
@@ -119,7 +115,7 @@ def select(tree: Tree, volumes: Iterable[bytes], max_bytes: int) -> Skeleton:
     for path, node in tree.walk():
         if path == b"/":
             continue
-        if path == MARKER_DIR and not node.is_dir:
+        if path == _DIR and not node.is_dir:
             skeleton.notes.append(f"{show_path(path)} of the image gives way to the directory of the index")
         elif node.is_dir or node.is_symlink or path in wanted:
             skeleton.entries.append((path, node))
@@ -167,17 +163,17 @@ def write_tar(skeleton: Skeleton, marker: bytes, out: BinaryIO, content: Callabl
 
     content: opens the bytes of one of `skeleton.files`. The same input gives the same bytes.
     """
-    kept = dict(skeleton.entries).get(MARKER_DIR)
+    kept = dict(skeleton.entries).get(_DIR)
     written: dict[int, bytes] = {}
     with tarfile.open(
         fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape"
     ) as tar:
         tar.addfile(_info(b"/", skeleton.root))
-        tar.addfile(_info(MARKER_DIR, kept or Node(stat.S_IFDIR | 0o755)))
-        index = _info(MARKER, Node(stat.S_IFREG | 0o644, size=len(marker)))
+        tar.addfile(_info(_DIR, kept or Node(stat.S_IFDIR | 0o755)))
+        index = _info(_MARKER, Node(stat.S_IFREG | 0o644, size=len(marker)))
         tar.addfile(index, BytesIO(marker))
         for path, node in skeleton.entries:
-            if path == MARKER_DIR:
+            if path in (_DIR, _MARKER):
                 continue
             info = _info(path, node)
             first = written.setdefault(id(node), path)

@@ -247,4 +247,6 @@ def test_refused_with_a_reason_and_nothing_pushed(registry: Registry, clip: Clip
         assert err.startswith("error: "), err
         assert said in err.splitlines()[0], err
         assert "\nhint: " in err
+    assert "is a thin image" in clip.done("index", registry.ref("was", "thin"), "-o", "thin.clip", code=1)[1]
+    assert not Path("thin.clip").exists()
     assert registry.get("/v2/refused/tags/list", "refused")[0] == 404

@@ -123,13 +123,6 @@ def test_too_large_a_volume_is_refused() -> None:
     assert "--max-volume-mib" in caught.value.hint
 
 
-def test_a_thin_image_is_refused() -> None:
-    tree = system()
-    put(tree, ".clip/index.clip", file(5))
-    with pytest.raises(LayerError, match="thin image"):
-        select(tree, [], MIB)
-
-
 def test_tar_holds_all_that_engines_see() -> None:
     tree = system()
     put(tree, b"odd/\xff\n\\ \xc3\xb6", directory(mtime=NS))
