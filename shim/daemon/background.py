@@ -18,8 +18,8 @@ from shim.settings import Settings
 
 _LOOK = 5.0  # seconds between looks at what is in use
 _LOOK_DRAIN = 0.5  # the same while somebody waits for it
-_IDLE = 1.0  # seconds between rounds when there is nothing to do
-_BUSY = 0.05  # and while somebody reads, or waits for a drain
+_WAIT = 0.5  # and while somebody reads
+_BUSY = 0.05  # how often a drain, or a transfer that stands still, looks again
 _PIECE = 16 << 20  # uncompressed bytes in one job
 _YOUNG = 5.0  # a read that waits for longer does so because of its registry, not of us
 _BACK_OFF = 60.0  # seconds after a failure, doubling …
@@ -82,6 +82,7 @@ class Background:
         self._next = 0.0  # when the next byte may come
         self._wanted: dict[str, list[dict[str, Any]]] = {}  # layer in use → the metas of its trees
         self._look_at = 0.0
+        self._room = (0.0, 0)  # (until when this holds, bytes that the cache may grow by)
 
     def loop(self) -> None:
         """Until `close`."""
@@ -90,7 +91,7 @@ class Background:
                 delay = self.step()
             except Exception:  # noqa: BLE001  the next round may be better
                 log.exception("background work failed")
-                delay = _IDLE
+                delay = _LOOK
             self._wake.wait(delay)
             self._wake.clear()
 
@@ -104,16 +105,16 @@ class Background:
         """Do what there is to do; returns the seconds until there may be more."""
         now = self._clock()
         if now >= self._look_at:
-            self._look_at = now + (_LOOK_DRAIN if self._drains else min(_LOOK, self._after / 2))
+            self._look_at = now + (_LOOK_DRAIN if self._drains else min(_LOOK, max(_BUSY, self._after / 2)))
             self._look(now)
         if not self._drains and not self._enabled:
             return _LOOK
         if not self._drains and self._someone_reads():
-            return _BUSY
+            return _WAIT
         for name in self._candidates(now):
             if self._fetch(name):
                 return 0.0
-        return _BUSY if self._drains else _IDLE
+        return _BUSY if self._drains else min(_LOOK, max(_BUSY, self._after / 2))
 
     def _look(self, now: float) -> None:
         """Notice what is in use and which layers were read, and forget the others."""
@@ -151,7 +152,9 @@ class Background:
                     if served is not None and (draining or lacks(served.lazy.cached)):
                         missing[name] = missing_bytes(served.lazy.cached)
         if not draining and missing:
-            room = self._cleaner.room()
+            if now >= self._room[0]:
+                self._room = (now + _LOOK, self._cleaner.room())
+            room = self._room[1]
             missing = {name: size for name, size in missing.items() if size <= room}
         return sorted(missing, key=lambda name: missing[name])
 

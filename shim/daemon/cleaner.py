@@ -21,6 +21,7 @@ from shim.cache.layer import CachedLayer
 from shim.cache.pins import Pins
 from shim.cache.store import cleaners_turn, entries, take_lock
 from shim.daemon.control import Answer, Session
+from shim.daemon.indexfile import touch
 from shim.daemon.layers import Layers
 from shim.daemon.overlays import is_used, overlays
 from shim.daemon.prepare import read_meta
@@ -179,11 +180,10 @@ def drop_spans(cached: CachedLayer, size: int) -> int:
 
 class OfflineShelf:
     """What is kept while no daemon runs: see `clean_offline`. Trees in use are asked of the kernel; the layers of those
-    are left alone, since nobody is here who could tell their readers."""
+    are left alone, since nobody is here who could tell their readers. What is removed is only set aside."""
 
     def __init__(self, state_dir: Path) -> None:
         self._state = state_dir
-        self.aside: list[Path] = []
 
     def _users(self) -> set[str]:
         return {hex_ for hex_, _ in overlays(mountinfo.read())}
@@ -202,10 +202,7 @@ class OfflineShelf:
         directory = self._state / ("cache" if item.kind == "layer" else "trees") / item.name
         if item.kind == "tree" and is_used(directory, self._users()):
             return False
-        aside = discard.set_aside(directory)
-        if aside is not None:
-            self.aside.append(aside)
-        return aside is not None
+        return discard.set_aside(directory) is not None
 
     def shrink(self, _item: Item, _size: int) -> int:
         return 0
@@ -225,10 +222,11 @@ def clean_offline(settings: Settings, wanted: Limits, *, dry_run: bool) -> Repor
         lock = take_lock(state / "cache")
         held.callback(os.close, lock)
         report = clean(shelf, wanted, time.time(), state / "cache", dry_run=dry_run)
-        if not dry_run:
-            discard.sweep(state / "cache")
-            discard.sweep(state / "trees")
-    return report
+    if dry_run:
+        return report
+    for directory in (state / "cache", state / "trees"):
+        discard.sweep(directory)
+    return replace(report, free_bytes=disk_of(state / "cache").free)
 
 
 class Cleaner:
@@ -279,11 +277,7 @@ class Cleaner:
         now = time.time()
         for item in self._shelf.items():
             if item.in_use and now - item.last_used > _STAMP_SECONDS:
-                directory = self._state / ("cache" if item.kind == "layer" else "trees") / item.name
-                try:
-                    os.utime(directory / "meta.json")
-                except OSError:
-                    pass  # a read-only disk: nothing can be removed there either
+                touch(self._state / ("cache" if item.kind == "layer" else "trees") / item.name)
 
     def loop(self, full: threading.Event, stopping: threading.Event) -> None:
         """Run until `stopping`; `full` is set when the disk refused a write, and when the daemon stops."""

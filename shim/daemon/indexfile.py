@@ -62,6 +62,7 @@ def keep(fd: int, hex_: str, directory: Path) -> bool:
     Raises IndexFormatError (it changed since it was identified) and CacheError (our disk).
     """
     if (directory / "index.clip").exists():
+        touch(directory)
         return False
     temporary = directory.parent / f".incoming-{threading.get_ident()}"
     hasher = sha256()
@@ -85,6 +86,14 @@ def keep(fd: int, hex_: str, directory: Path) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def touch(directory: Path) -> None:
+    """Note that a tree is used now, for the cleaner."""
+    try:
+        os.utime(directory / "meta.json")
+    except OSError:
+        pass  # it is not prepared yet, or nothing can be written there
 
 
 def tidy(directory: Path) -> None:

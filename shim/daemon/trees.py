@@ -307,6 +307,7 @@ class Trees:
                 return
         # from here on it counts as not mounted, whatever the job meets: the next acquire mounts anew
         self._let_go(tree)
+        indexfile.touch(self._state / tree.hex)
         if self._clear(tree):
             self._layers.sweep()
             log.info("tree unmounted", image=tree.image, index=tree.hex)

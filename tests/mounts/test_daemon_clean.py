@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,6 +191,23 @@ def test_starts_of_an_image_that_is_being_cleaned(server: FaultServer) -> None:
                     assert (Path(answer["tree"]) / "bin").is_dir()
                 host.clip("status")  # time to unmount it
         assert [row for answer in done for row in answer["removed"] if row["kind"] == "tree"]
+
+
+def test_a_start_counts_as_use(server: FaultServer) -> None:
+    with Host(settings=LINGER) as host:
+        host.trust_registry(server.host)
+        host.start_daemon()
+        indexes = [host.index(f"{server.host}/{name}:latest", name) for name in ("shared-a", "small")]
+        for index in indexes:
+            acquire(host, index)
+        wait_for("the trees are unmounted", lambda: not host.status()["layers"])
+        long_ago = time.time() - 100 * 86400
+        for meta in host.state_dir.glob("*/*/meta.json"):
+            os.utime(meta, (long_ago, long_ago))
+        acquire(host, indexes[0])
+        wait_for("the tree is unmounted", lambda: not host.status()["layers"])
+        images_gone = {row["what"] for row in clean(host)["removed"]}  # by the default of 30 days
+        assert images_gone == {f"{server.host}/small:latest"}
 
 
 def test_a_full_disk_wakes_it(server: FaultServer) -> None:
