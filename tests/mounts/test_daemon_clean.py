@@ -118,7 +118,7 @@ def test_spans_stay_while_the_registry_is_away(server: FaultServer) -> None:
     with tree(server, CLIP_SHIM_READ_DEADLINE="500ms") as (host, target):
         for name in FILES[:10]:
             sha256(target / name)
-        server.faults.add("GET", r"/blobs/", status=503)
+        server.faults.add("GET", r"/blobs/", status=404)
         subprocess.run(["cat", target / FILES[-1]], capture_output=True)
         assert removed(clean(host, "--max-bytes", "0")) == {}
         drop_page_cache()
