@@ -80,7 +80,6 @@ def create_from_oci_image(
     warn: gets a line about what is left out. Raises ImageReferenceError (a local path, say), RegistryError, AuthError,
     NotFoundError, IntegrityError, LayerError, StoreError (the file cannot be written).
     """
-    from shim.goclip.write import encode_v2
     from shim.index import codec
     from shim.index.build import build_index
     from shim.registry.client import RegistryClient
@@ -98,6 +97,8 @@ def create_from_oci_image(
         client.close()
     data = codec.encode(index)
     if format == "clip":
+        from shim.goclip.write import encode_v2
+
         go, left_out = encode_v2(index)
         if left_out and warn is not None:
             warn(f"Go clip will not see {len(left_out)} of the names: devices, fifos, sockets, files with holes")

@@ -12,6 +12,7 @@ import mmap
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from shim.index import archived, container, profile, spancodec, treecodec
 from shim.index.container import Container
 from shim.index.model import Archive, Compression, Index, Layer, Node, Restart, SpanTable, Tree
 from shim.index.sparse import SparseWindows
-from shim.index.validate import MAX_CONFIG, MAX_LAYERS, validate_head, validate_index, validate_spans, validate_tree
+from shim.index.validate import MAX_CONFIG, MAX_LAYERS, validate_head, validate_spans, validate_tree
 
 Data = bytes | bytearray | memoryview | mmap.mmap
 
@@ -56,30 +57,42 @@ def encode(index: Index) -> bytes:
 
     Raises IndexFormatError if `index` is not valid, or larger than the format allows.
     """
-    flags = {PROFILE: 0}
-    return container.pack([(tag, flags.get(tag, container.MANDATORY), raw) for tag, raw in raw_sections(index).items()])
+    with container.Packer() as packer:
+        for tag, raw in _sections(index):
+            packer.add(tag, 0 if tag == PROFILE else container.MANDATORY, raw)
+        return packer.finish(tuple(LIMITS))
 
 
 def raw_sections(index: Index) -> dict[bytes, bytes]:
     """The sections before compression, in file order: the same whatever the version of liblzma."""
-    validate_index(index)
+    found = dict(_sections(index))
+    return {tag: found[tag] for tag in LIMITS if tag in found}
+
+
+def _sections(index: Index) -> Iterator[tuple[bytes, bytes]]:
+    """Tag and raw bytes of each section, what takes longest to compress first. Raises IndexFormatError, also late."""
+    validate_head(index)
+    for number, layer in enumerate(index.layers):
+        validate_spans(layer, number)
+    yield _checked(WINDOWS, spancodec.encode_windows(index.layers))
+    validate_tree(index.tree, [layer.uncompressed_size for layer in index.layers])
+    yield _checked(TREE, treecodec.encode_tree(index.tree, len(index.layers)))
+    yield _checked(SPANS, spancodec.encode_spans(index.layers))
+    yield _checked(CONFIG, index.config)
     counts = count_entries(index.tree), sum(map(_restarts, index.layers))
-    sections = {
-        META: _encode_meta(index, *counts),
-        CONFIG: index.config,
-        TREE: treecodec.encode_tree(index.tree, len(index.layers)),
-        SPANS: spancodec.encode_spans(index.layers),
-        WINDOWS: spancodec.encode_windows(index.layers),
-    }
+    yield _checked(META, _encode_meta(index, *counts))
     if index.profile:
-        sections[PROFILE] = profile.encode(index.profile)
+        profile.check(index.profile, [layer.spans.count for layer in index.layers])
+        yield _checked(PROFILE, profile.encode(index.profile))
     if index.archive is not None:
         archived.validate_archive(index)
-        sections[ARCHIVE] = archived.encode_archive(index.archive)
-    for tag, raw in sections.items():
-        if len(raw) > LIMITS[tag]:
-            raise IndexFormatError(f"the image is too large: section {tag.decode()} would take {len(raw)} bytes")
-    return sections
+        yield _checked(ARCHIVE, archived.encode_archive(index.archive))
+
+
+def _checked(tag: bytes, raw: bytes) -> tuple[bytes, bytes]:
+    if len(raw) > LIMITS[tag]:
+        raise IndexFormatError(f"the image is too large: section {tag.decode()} would take {len(raw)} bytes")
+    return tag, raw
 
 
 def decode(data: Data, *, tree: bool = True, spans: bool = True) -> Index:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import lzma
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
+from types import TracebackType
 
 from shim.errors import IndexFormatError
 
@@ -28,7 +29,9 @@ MANDATORY = 1  # flag: a reader that does not know the section must refuse the f
 STORED = 0
 LZMA2 = 1
 _MAX_DICT = 8 << 20  # decoding takes this much memory beside the result, encoding about 12 times as much
-_SMALL = 2 << 20  # sections up to here are compressed side by side; larger ones would take too much memory
+_SMALL = 4 << 20  # sections up to here are compressed in pieces of _PIECE bytes, longer ones of _LARGE_PIECE: two
+_PIECE = 512 << 10  # at a time take 12 times as much memory, and nearly all that repeats does so within one
+_LARGE_PIECE = 4 << 20
 _FREE_RAW = 64 << 10
 _MAX_RATIO = 64  # raw bytes for each byte of the file: what a small file can make a reader allocate is bounded
 _PADDING = b"fill"  # an optional section of zeros that a very regular index gets to keep within that ratio
@@ -85,7 +88,7 @@ class Container:
 def _filters(raw_length: int) -> list[dict[str, int]]:
     """LZMA2 as section raw bytes of this length are coded; the decoder needs `dict_size` alone of it."""
     size = min(max(4096, 1 << (raw_length - 1).bit_length()) if raw_length else 4096, _MAX_DICT)
-    return [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": size, "lc": 3, "lp": 0, "pb": 0}]
+    return [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": size, "lc": 3, "lp": 0, "pb": 0}]
 
 
 def _decompress(stored: bytes, raw_length: int, name: str) -> bytes:
@@ -99,17 +102,67 @@ def _decompress(stored: bytes, raw_length: int, name: str) -> bytes:
     return raw
 
 
-def _compress(raw: bytes) -> tuple[int, bytes]:
-    """(codec, stored bytes): whichever is shorter."""
-    packed = lzma.compress(raw, lzma.FORMAT_RAW, filters=_filters(len(raw)))
-    return (LZMA2, packed) if len(packed) < len(raw) else (STORED, raw)
+def _compress(piece: bytes) -> bytes:
+    """One LZMA2 stream. Its dictionary is no longer than the piece, so the section's decoder can read it."""
+    return lzma.compress(piece, lzma.FORMAT_RAW, filters=_filters(len(piece)))
+
+
+class _Section:
+    """A section that is being compressed, in pieces of equal length, side by side.
+
+    Each piece is an LZMA2 stream, which begins by resetting the dictionary and ends with a zero byte: without those in
+    between, the streams one after the other are one stream. Costs half a percent of the length, saves half the time.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, tag: bytes, flags: int, raw: bytes) -> None:
+        self.tag, self.flags, self.raw = tag, flags, raw
+        most = _PIECE if len(raw) <= _SMALL else _LARGE_PIECE
+        size = -(-len(raw) // -(-len(raw) // most)) if raw else 1
+        self._pieces = [pool.submit(_compress, raw[at : at + size]) for at in range(0, max(1, len(raw)), size)]
+
+    def stored(self) -> tuple[int, bytes]:
+        """(codec, stored bytes): whichever is shorter."""
+        *others, last = (piece.result() for piece in self._pieces)
+        packed = b"".join([*(other[:-1] for other in others), last])
+        return (LZMA2, packed) if len(packed) < len(self.raw) else (STORED, self.raw)
+
+
+class Packer:
+    """Makes a file of sections, compressing each while the caller makes the next. Use it in a `with` block."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(2)
+        self._sections: list[_Section] = []
+
+    def __enter__(self) -> Packer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, tag: bytes, flags: int, raw: bytes) -> None:
+        """tag: four bytes."""
+        self._sections.append(_Section(self._pool, tag, flags, raw))
+
+    def finish(self, order: Sequence[bytes] = ()) -> bytes:
+        """The file, its sections in the order of the tags in `order`, others as they were added, and padding if need
+        be. Raises IndexFormatError if it is too long."""
+        place = {tag: number for number, tag in enumerate(order)}
+        sections = sorted(self._sections, key=lambda section: place.get(section.tag, len(place)))
+        return _assemble([(s.tag, s.flags, s.raw) for s in sections], [s.stored() for s in sections])
 
 
 def pack(sections: list[tuple[bytes, int, bytes]]) -> bytes:
     """The file made of `sections`: (four-byte tag, flags, raw bytes), in this order, and padding if need be."""
-    small = all(len(raw) <= _SMALL for *_, raw in sections)
-    with ThreadPoolExecutor(2 if small else 1) as pool:  # tree and windows take about as long as each other
-        packed = list(pool.map(_compress, [raw for *_, raw in sections]))
+    with Packer() as packer:
+        for tag, flags, raw in sections:
+            packer.add(tag, flags, raw)
+        return packer.finish()
+
+
+def _assemble(sections: list[tuple[bytes, int, bytes]], packed: list[tuple[int, bytes]]) -> bytes:
     parts = [(tag, flags, len(raw), *done) for (tag, flags, raw), done in zip(sections, packed, strict=True)]
     total = _HEADER.size + _TRAILER.size + sum(_ROW.size + len(stored) for *_, stored in parts)
     excess = sum(len(raw) for *_, raw in sections) - _FREE_RAW - _MAX_RATIO * total

@@ -98,6 +98,7 @@ class Writer:
         if self._filled > self._told:
             batch.ops.append(Data(self._told, self._filled))
         self._batch = None
+        batch.filled = self._filled
         self._publish(batch)
 
 

@@ -1,8 +1,8 @@
 """One streaming pass over a layer: span table with restart points, digests of both sides, the tar's bytes on the way.
 
-Three threads share the work: the caller hashes the compressed bytes, one decodes, one hashes and calls back. Between
-them are bounded queues, so memory does not grow with the layer: about 16 MiB, plus the span table itself (about 4 KiB a
-point, windows packed), plus up to 128 MiB where a zstd frame asks for such a window.
+Three threads share the work: the caller hashes the compressed bytes, one decodes and makes the diff id, one makes the
+spans' digests and calls back. Between them are bounded queues, so memory does not grow with the layer: about 16 MiB,
+plus the span table itself (about 4 KiB a point), plus up to 128 MiB where a zstd frame asks for such a window.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class LayerScanner:
         self._builder = SpanBuilder(spacing, on_data, on_span)
         self._writer = Writer(spacing, max_uncompressed, self._acquire, self._publish)
         self._hash = hashlib.sha256()
+        self._diff_hash = hashlib.sha256()
+        self._hash_stream = True  # False: both digests are the same (an uncompressed layer)
         self._size = 0
         self._pending = bytearray()  # fed, not yet handed to the decoder
         self._closed = False
@@ -142,10 +144,10 @@ class LayerScanner:
             self._hand_over_pending()
         self._join()
         self._check()
-        spans, diff, uncompressed = self._builder.finish(self._size)
+        spans, uncompressed = self._builder.finish(self._size)
         assert self._compression is not None
         digest = "sha256:" + self._hash.hexdigest()
-        diff_id = "sha256:" + diff if self._builder.hash_stream else digest
+        diff_id = "sha256:" + self._diff_hash.hexdigest() if self._hash_stream else digest
         return ScanResult(self._compression, digest, self._size, diff_id, uncompressed, spans)
 
     def close(self) -> None:
@@ -178,7 +180,7 @@ class LayerScanner:
             source = Source(pieces)
             if self._compression is None:
                 self._compression = sniff(source)
-            self._builder.hash_stream = self._compression != Compression.NONE
+            self._hash_stream = self._compression != Compression.NONE
             SCANNERS[self._compression](source, self._writer)
             self._writer.flush()
         except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
@@ -193,6 +195,9 @@ class LayerScanner:
     def _publish(self, batch: Batch) -> None:
         if self._error is not None:
             raise _StoppedError
+        if self._hash_stream:  # here rather than in the digester's thread: so both take about as long
+            with memoryview(batch.buffer) as view, view[: batch.filled] as filled:
+                self._diff_hash.update(filled)
         self._batches.put(batch)
 
     # The digester's thread.

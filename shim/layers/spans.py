@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from shim.errors import LayerError
 from shim.index.model import Restart, SpanTable
+from shim.index.sparse import SparseWindows
 from shim.layers.gzipformat import crc32
-from shim.layers.windows import MarkerProbe, PackedWindows
+from shim.layers.windows import MarkerProbe
 
 SPANS_A_POINT = 4  # no span is longer than the spacing divided by this
 
@@ -66,10 +67,11 @@ class Batch:
 
     buffer: bytearray
     ops: list[Op] = field(default_factory=list)
+    filled: int = 0
 
 
 class SpanBuilder:
-    """Turns batches into a span table, the diff id and calls of `on_data` and `on_span`, in stream order.
+    """Turns batches into a span table and calls of `on_data` and `on_span`, in stream order.
 
     A span ends at the next restart point, or, before that, after exactly spacing / 4 bytes: the next one is then
     CONTINUE. A digest for each quarter costs 0.03 % of the image and lets a reader have its bytes as soon as the
@@ -81,19 +83,17 @@ class SpanBuilder:
         self._longest = max(spacing // SPANS_A_POINT, 1)
         self._on_data = on_data
         self._on_span = on_span
-        self._table = SpanTable(windows=PackedWindows())
+        self._table = SpanTable(windows=SparseWindows())
         self._position = 0  # uncompressed offset of the next byte
         self._span = bytearray()  # the open span's bytes, kept for on_span only
         self._span_start = 0
         self._span_hash = hashlib.sha256()
-        self._diff_hash = hashlib.sha256()
         self._run_cstart = 0  # where the run's restart point lies
         self._crc = 0
         self._member_start = 0
         self._point_span = 0  # the span that begins at the last point
         self._probe: MarkerProbe | None = None
         self._window = b""
-        self.hash_stream = True  # False: the caller knows the stream's digest (an uncompressed layer)
 
     def consume(self, batch: Batch) -> None:
         """Take one batch. Raises LayerError for a bad gzip trailer, and what the callbacks raise."""
@@ -114,8 +114,6 @@ class SpanBuilder:
                     self._member_end(op)
 
     def _data(self, view: memoryview) -> None:
-        if self.hash_stream:
-            self._diff_hash.update(view)
         self._crc = crc32(view, self._crc)
         at, size = 0, len(view)
         while at < size:
@@ -173,8 +171,8 @@ class SpanBuilder:
                 self._on_span(self._table.count - 1, readonly)
             self._span = bytearray()
 
-    def finish(self, compressed_size: int) -> tuple[SpanTable, str, int]:
-        """(table, hex SHA-256 of the uncompressed bytes, their number), after the last batch."""
+    def finish(self, compressed_size: int) -> tuple[SpanTable, int]:
+        """(table, number of the uncompressed bytes), after the last batch."""
         table = self._table
         if table.count and self._position == self._span_start:  # a point with nothing behind it
             table.kinds.pop()
@@ -191,4 +189,4 @@ class SpanBuilder:
             del table.ustarts[:], table.cstarts[:]
             table.ustarts.append(0)
             table.cstarts.append(compressed_size)
-        return table, self._diff_hash.hexdigest(), self._position
+        return table, self._position

@@ -9,19 +9,20 @@ reach the window (RFC 1951: at most 32 KiB back), and copies of copies were seen
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, MutableSequence
-from typing import overload
-
-import zstandard
+from functools import cache
 
 from shim.index.model import WINDOW_SIZE
 from shim.layers import libz
 
-_PAIRS = [v for v in range(1 << 16) if v & 255 != v >> 8][:WINDOW_SIZE]
-_POSITION = {pair: position for position, pair in enumerate(_PAIRS)}
 _EQUAL = frozenset(v * 257 for v in range(256))
-_BYTES = array("H", _PAIRS).tobytes()  # native order, like the cast in `sparse`
-_MARKERS = (_BYTES[0::2], _BYTES[1::2])
+
+
+@cache
+def _markers() -> tuple[bytes, bytes, dict[int, int]]:
+    """The two windows, and which position each pair of their bytes stands for."""
+    pairs = [v for v in range(1 << 16) if v & 255 != v >> 8][:WINDOW_SIZE]
+    both = array("H", pairs).tobytes()  # native order, like the cast in `sparse`
+    return both[0::2], both[1::2], {pair: position for position, pair in enumerate(pairs)}
 
 
 class MarkerProbe:
@@ -36,7 +37,7 @@ class MarkerProbe:
 
     def start(self, bits: int, byte: int) -> None:
         """Begin at a point whose first bits are the upper `bits` of `byte`."""
-        for inflater, marker in zip(self._inflaters, _MARKERS, strict=True):
+        for inflater, marker in zip(self._inflaters, _markers()[:2], strict=True):
             inflater.reset()
             inflater.prime(bits, byte)
             inflater.set_window(marker)
@@ -75,63 +76,6 @@ class MarkerProbe:
             return b""
         full = window.rjust(WINDOW_SIZE, b"\0")
         result = bytearray(WINDOW_SIZE)
-        for position in map(_POSITION.__getitem__, used):
+        for position in map(_markers()[2].__getitem__, used):
             result[position] = full[position]
         return bytes(result)
-
-
-class PackedWindows(MutableSequence[bytes]):
-    """A list of windows that keeps them compressed: a large layer has thousands, and each is nearly all zeros."""
-
-    def __init__(self, windows: Iterable[bytes] = ()) -> None:
-        self._packed: list[bytes] = []
-        self.extend(windows)
-
-    @staticmethod
-    def _pack(window: bytes) -> bytes:
-        # Copied: zstandard's result was shrunk in place, and the rest of its 32 KiB is too small to be used again.
-        return bytes(memoryview(zstandard.compress(window))) if window else b""
-
-    @staticmethod
-    def _unpack(packed: bytes) -> bytes:
-        return zstandard.decompress(packed) if packed else b""
-
-    @property
-    def packed_size(self) -> int:
-        """Bytes held, compressed one by one."""
-        return sum(map(len, self._packed))
-
-    def __len__(self) -> int:
-        return len(self._packed)
-
-    @overload
-    def __getitem__(self, index: int) -> bytes: ...
-    @overload
-    def __getitem__(self, index: slice) -> PackedWindows: ...
-    def __getitem__(self, index: int | slice) -> bytes | PackedWindows:
-        if isinstance(index, slice):
-            return PackedWindows(self._unpack(packed) for packed in self._packed[index])
-        return self._unpack(self._packed[index])
-
-    @overload
-    def __setitem__(self, index: int, value: bytes) -> None: ...
-    @overload
-    def __setitem__(self, index: slice, value: Iterable[bytes]) -> None: ...
-    def __setitem__(self, index: int | slice, value: bytes | Iterable[bytes]) -> None:
-        if isinstance(index, slice):
-            assert not isinstance(value, bytes)
-            self._packed[index] = [self._pack(window) for window in value]
-        else:
-            assert isinstance(value, bytes)
-            self._packed[index] = self._pack(value)
-
-    def __delitem__(self, index: int | slice) -> None:
-        del self._packed[index]
-
-    def insert(self, index: int, value: bytes) -> None:
-        self._packed.insert(index, self._pack(value))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PackedWindows | list) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import zlib
 from array import array
@@ -12,12 +11,12 @@ import pytest
 
 from shim.errors import IntegrityError, LayerError
 from shim.index.model import WINDOW_SIZE, Compression, Restart, SpanTable
-from shim.layers import resume
+from shim.layers import libz, resume
 from shim.layers.inflate import compressed_range, inflate_spans
 from shim.layers.resume import Begin, IsalInflater, LibzInflater
 from shim.layers.scan import MAX_SPAN, ScanResult
 from shim.layers.source import Source
-from shim.layers.windows import MarkerProbe, PackedWindows
+from shim.layers.windows import MarkerProbe
 from tests.support.layerdata import SPACING, STREAMS, deflate, flushed, sample, scan
 
 SIZE = 1_200_000
@@ -301,18 +300,29 @@ def test_windows_are_sparse() -> None:
     assert sum(len(window) - window.count(0) for window in windows) < len(windows) * WINDOW_SIZE * 0.6
 
 
-def test_packed_windows_are_a_list() -> None:
-    rnd = random.Random(5)
-    plain = [b"", bytes(WINDOW_SIZE), rnd.randbytes(WINDOW_SIZE), b"\0" * 32_000 + rnd.randbytes(768)]
-    packed = PackedWindows(plain)
-    assert packed == plain
-    assert list(packed) == plain
-    assert packed[1:3] == plain[1:3]
-    assert packed.packed_size < WINDOW_SIZE + 2000
-    packed[0] = plain[2]
-    packed[1:2] = [b"", b""]
-    del packed[-1]
-    packed.append(plain[3])
-    assert packed == [plain[2], b"", b"", plain[2], plain[3]]
-    assert packed != plain
-    assert list(itertools.islice(reversed(packed), 1)) == [plain[3]]
+def test_zlib_and_zlib_ng_stop_at_the_same_blocks() -> None:
+    """An index must not depend on which of the two a machine has."""
+    other = libz.zlib_ng()
+    assert other is not None, "zlib-ng is a dependency"
+    stream = deflate(sample())
+
+    def blocks(library: libz._Library) -> list[tuple[int, int, int]]:
+        inflater = libz.RawInflate(library)
+        output = bytearray(1 << 20)
+        at, made, status, found = 10, 0, libz.Z_OK, []
+        while status == libz.Z_OK:
+            status, used, size, kind = inflater.inflate(
+                libz.address_of(stream) + at,
+                len(stream) - at,
+                libz.address_of_buffer(output),
+                len(output),
+                libz.Z_BLOCK,
+            )
+            at, made = at + used, made + size
+            if kind & libz.BLOCK_END:
+                found.append((at, kind & libz.UNUSED_BITS, made))
+        inflater.close()
+        return found
+
+    assert len(blocks(other)) > 10
+    assert blocks(other) == blocks(libz.zlib())

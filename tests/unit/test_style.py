@@ -17,7 +17,7 @@ NO_PACKAGES = ("packaging", "systemd", "hooks")  # names of installed projects: 
 # The table of shim/ARCHITECTURE.md, line by line. A place is a module or a package; the longest match counts.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("shim", "shim.errors", "shim.counters", "shim.journal"),
-    ("shim.index.model", "shim.mount.syscalls", "shim.mount.mountinfo", "shim.mount.overlay"),
+    ("shim.index.model", "shim.index.sparse", "shim.mount.syscalls", "shim.mount.mountinfo", "shim.mount.overlay"),
     ("shim.settings", "shim.log"),
     ("shim.runtime",),
     ("shim.registry",),
