@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shim import __version__
-from tests.support import bundle
+from tests.support import bundle, expected, images
 from tests.support.debianroot import BOOTED, NEXT, SYSTEMD, DebianRoot, builder
 from tests.support.host import wait_for
 
@@ -102,6 +102,30 @@ def test_a_daemon_that_dies_is_started_again(machine: DebianRoot, how: str) -> N
     machine.run("kill", f"-{how.removeprefix('SIG')}", str(before))
     wait_for("another runs", lambda: pid(machine) not in (0, before) and machine.unit("ActiveState") == "active")
     assert container(machine, f"after-{how.lower()}", "cat", "/data/one")
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "restart", "stop and start"])
+def test_a_running_container_reads_on(machine: DebianRoot, how: str) -> None:
+    """systemd keeps /dev/fuse: what the kernel does not have is answered by the next daemon."""
+    name = f"on-{how.replace(' ', '-').lower()}"
+    place = make(machine, name, "sleep", "1000")
+    machine.run("sh", "-c", f"{RUNTIME} run --detach --bundle {place} {name} </dev/null >/dev/null 2>&1")
+    before = pid(machine)
+    trees = machine.output("grep", "-c", "/run/clip-shim/trees/", "/proc/self/mountinfo")
+    Path("/proc/sys/vm/drop_caches").write_text("1")
+    if how == "SIGKILL":
+        machine.run("kill", "-KILL", str(before))
+    else:
+        for verb in how.split(" and "):
+            machine.run("systemctl", verb, "clip-shim.service")
+    said = machine.output(RUNTIME, "exec", name, "sha256sum", "/data/noise.bin")
+    assert said.split()[0] == images.file_digest(expected.tree(images.image("small")) / "data/noise.bin")
+    assert pid(machine) not in (0, before)
+    status = json.loads(machine.output("clip-shim", "status", "--json"))
+    assert status["daemon"]["handover"] == ""
+    assert [image["overlays"] for image in status["images"]] == [1]
+    assert machine.output("grep", "-c", "/run/clip-shim/trees/", "/proc/self/mountinfo") == trees
+    machine.run(RUNTIME, "delete", "--force", name)
 
 
 def test_who_comes_while_it_is_down_waits(machine: DebianRoot) -> None:
