@@ -30,6 +30,8 @@ def notify(text: str, fds: list[int] | None = None) -> bool:
 
 def keeps_fds() -> bool:
     """Whether somebody keeps descriptors for a successor of ours. FDSTORE is set by systemd since version 254."""
+    if os.environ.get(SUPERVISOR) and supervisor() is None:
+        return False  # it was killed, and what it kept is gone
     return bool(os.environ.get("NOTIFY_SOCKET")) and os.environ.get("FDSTORE", "1") != "0"
 
 

@@ -190,7 +190,7 @@ class Trees:
         if mountinfo.at(self._blobs) is None:
             raise DaemonError(
                 f"the layers' files are no longer mounted at {self._blobs}: somebody unmounted them",
-                hint="restart the daemon: containers that read lazily now lose what is not cached",
+                hint="end the containers that read lazily: after that the daemon mounts them again by itself",
             )
         tier, _ = self.tier()
         meta = self._prepare(tree, files, tier, end)

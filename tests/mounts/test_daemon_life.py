@@ -315,7 +315,7 @@ def test_blobs_that_somebody_unmounts(registry: Registry) -> None:
             other = host.index(f"{registry.host}/small:latest", "s")
             answer = acquire(host, other)
             assert "no longer mounted" in answer["error"]
-            assert "restart the daemon" in answer["hint"]
+            assert "by itself" in answer["hint"]
         assert child.poll() is None
 
 
