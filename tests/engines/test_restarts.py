@@ -64,7 +64,7 @@ def test_dockerd(host: Host, small: str, how: str) -> None:
     live = how.endswith("live-restore")
     with Docker(host, options=["--live-restore"] if live else []) as docker:
         docker.pull(small)
-        docker.run("-d", "--name", "box", small, "sh", "-c", "echo kept >> /kept; sleep 1000")
+        docker.run("-d", "--name", "box", "--stop-signal=KILL", small, "sh", "-c", "echo kept >> /kept; sleep 1000")
         wait_for("it has written", lambda: docker.call("exec", "box", "cat", "/kept", check=False).returncode == 0)
         if how == "stopped":
             assert docker.process is not None
@@ -120,7 +120,7 @@ def test_reboot(host: Host, small: str, index: Path) -> None:
     of a bare one nothing is left."""
     with Docker(host) as docker:
         docker.pull(small)
-        docker.run("-d", "--name", "box", small, "sh", "-c", "echo kept >> /kept; sleep 1000")
+        docker.run("-d", "--name", "box", "--stop-signal=KILL", small, "sh", "-c", "echo kept >> /kept; sleep 1000")
         wait_for("it has written", lambda: docker.call("exec", "box", "cat", "/kept", check=False).returncode == 0)
         made = bundle.make(host.base / "bare", ["sh", "-c", "echo up > /up; sleep 1000"], index=index)
         detached(host, made)
