@@ -262,7 +262,7 @@ def test_a_job_ends_with_its_server(registry: Registry) -> None:
             assert len(family) > idle, "a job runs"
             os.kill(old, signal.SIGKILL)
             wait_for("the old one's helpers end", lambda: not any(map(is_running, family)), timeout=10)
-            assert not set(family) & set(descendants(child.pid)), "no zombie"
+            wait_for("they are reaped", lambda: not set(family) & set(descendants(child.pid)))
         proxy.resume()
         wait_for("another server answers", lambda: host.clip("status", check=False).returncode == 0)
         assert trees(host) == []
