@@ -40,7 +40,7 @@ class IndexInfo:
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """A file that was fetched: `kind` is "index" or "archive", `image` what an index is about."""
+    """A file that was fetched: `kind` is "index" or "archive", `image` what it was made of, if that was one."""
 
     kind: str
     image: str | None
@@ -262,3 +262,85 @@ def pull(url: str, output_path: PathLike, *, settings: Settings | None = None) -
     with Stores(settings or settings_module.load()) as stores:
         facts = stores.fetch(url, Path(output_path))
     return FileInfo(facts.kind, None if facts.image is None else str(facts.image), facts.size)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildInfo:
+    """What `build` stored: `kind` is "index" or "archive"; bytes: of the stored file; reason: why there is no index,
+    "" if there is one. seconds: all of it."""
+
+    kind: str
+    url: str
+    image: str
+    digest: str
+    platform: str
+    bytes: int
+    reason: str
+    seconds: float
+
+
+def build(
+    image_ref: str,
+    store: str,
+    *,
+    checkpoint_mib: int = 2,
+    platform: str | None = None,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] | None = None,
+    settings: Settings | None = None,
+) -> BuildInfo:
+    """Index an image and store the index at the URL `store`; if it cannot be indexed, make an archive of it and store
+    that instead, where the step `archive` of the setting `fallback` finds it.
+
+    The files lie in a temporary directory (TMPDIR) meanwhile. Raises what `create_from_oci_image` does, when the
+    archive fails too, and what `push` does. An image that is not there or not ours to read is not tried twice.
+    """
+    import tempfile
+    import time
+
+    from shim.errors import AuthError, ConfigError, NotFoundError, ShimError, UsageError
+    from shim.stores import urls
+
+    urls.parse(store)  # before any byte is fetched
+    current = settings or settings_module.load()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="clip-shim-") as directory:
+        path, kind, reason = Path(directory) / "image.clip", "index", ""
+        made: IndexInfo | ArchiveInfo
+        try:
+            made = create_from_oci_image(
+                image_ref, path, checkpoint_mib, platform=platform, progress=progress, warn=warn, settings=current
+            )
+        except (UsageError, ConfigError, AuthError, NotFoundError):
+            raise
+        except ShimError as error:
+            kind, reason = "archive", str(error)
+            try:
+                made = create_archive(
+                    path, image_ref, platform=platform, progress=progress, warn=warn, settings=current
+                )
+            except ShimError as second:
+                error.args = (f"{error} (and no archive: {second})",)
+                raise error from None
+        url = push(path, store, progress=progress, settings=current)
+        size = path.stat().st_size
+    seconds = round(time.monotonic() - started, 2)
+    return BuildInfo(kind, url, made.image, made.digest, made.platform, size, reason, seconds)
+
+
+def mount_archive(path: PathLike, directory: PathLike) -> None:
+    """Mount an archive (a file, or s3://BUCKET/KEY of one that was pushed), or an index, read-only on a directory,
+    until `unmount`. Data come when they are read, and every byte is checked.
+
+    By way of the daemon, which is started if none runs: needs root. Raises MountError, TrustError, IndexFormatError …
+    """
+    from shim.attach import mount
+
+    mount(str(path), Path(directory))
+
+
+def unmount(directory: PathLike) -> None:
+    """Undo `mount_archive`. Raises MountError: nothing of ours is mounted there, or it is in use."""
+    from shim.attach import umount
+
+    umount(Path(directory))

@@ -14,6 +14,7 @@ from shim.errors import ShimError, UsageError
 # verb -> (module, line of help); the module has add_parser(sub) and is imported only for its own verb
 VERBS: dict[str, tuple[str, str]] = {
     "index": ("shim.cli.index", "make an index of an image, straight from its registry"),
+    "build": ("shim.cli.build", "index an image and store it; an archive if it cannot be indexed"),
     "inspect": ("shim.cli.inspect", "say what an index file holds"),
     "push": ("shim.cli.push", "store an index or archive: directory, S3, registry"),
     "pull": ("shim.cli.pull", "fetch an index or archive from a store"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 from shim import log
@@ -15,7 +16,7 @@ from shim.daemon.flights import Flights
 from shim.daemon.layers import Layers
 from shim.daemon.served import ServedLayer, Source
 from shim.daemon.trust import registry_client
-from shim.errors import CacheError, DaemonError, RegistryError, ShimError
+from shim.errors import CacheError, DaemonError, RegistryError, ShimError, StoreError
 from shim.layers.inflate import inflate_spans
 from shim.registry.retry import RetryPolicy
 from shim.settings import Settings
@@ -66,10 +67,10 @@ class Eager:
                 try:
                     self._stream(served, source, until)
                     break
-                except RegistryError as error:
+                except (RegistryError, StoreError) as error:
                     trouble = error
             else:
-                if not (isinstance(trouble, RegistryError) and trouble.retryable):
+                if not (isinstance(trouble, RegistryError | StoreError) and trouble.retryable):
                     raise trouble
         if not self._is_whole(served):
             raise trouble
@@ -83,10 +84,19 @@ class Eager:
                 return False
         return True
 
+    @contextmanager
+    def _open(self, source: Source, size: int) -> Iterator[Iterable[bytes]]:
+        if source.archive is None:
+            with self._client.open_blob(source.ref, source.digest) as stream:
+                yield stream
+        else:
+            with source.archive.open(0, size) as chunks:
+                yield chunks
+
     def _stream(self, served: ServedLayer, source: Source, until: float) -> None:
         lazy, spans = served.lazy, served.spans
         lazy.counters.requests += 1
-        with self._client.open_blob(source.ref, source.digest) as chunks:
+        with self._open(source, spans.cstart(spans.count)) as chunks:
             for span, data in inflate_spans(spans, spans.compression, 0, _counted(lazy, chunks)):
                 if time.monotonic() > until:
                     raise DaemonError("the layers were not fetched in time", hint="raise `image_deadline`")

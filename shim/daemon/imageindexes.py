@@ -80,8 +80,30 @@ class ImageIndexes:
         return fd
 
     def archive(self, image: ImageRef) -> int | None:
-        """A v1 archive of `image` that this node or a store has, or None."""
-        return self.local.open(archive_name(image))
+        """A v1 archive of `image` that this node or a store has, or None. Of one in S3 its index alone comes, which
+        says where the data are; from a registry it comes whole."""
+        name = archive_name(image)
+        fd = self.local.open(name)
+        if fd is None:
+            self._flights.once(name, lambda: self._bring_archive(image, name))
+            fd = self.local.open(name)
+        return fd
+
+    def _bring_archive(self, image: ImageRef, name: str) -> None:
+        for url in self._lookup:
+            with self.temporary() as path:
+                if self._try(url, self._archive_in, image, path):
+                    self.local.put(name, path, replace=True)
+                    return
+
+    def _archive_in(self, url: str, image: ImageRef, path: Path) -> bool:
+        store = self._stores.store(url)
+        if isinstance(store, S3Store):
+            return jobs.run(self._patience, indexjobs.archive_in_s3, self._settings, url, image, str(path))
+        with open(path, "wb") as out:
+            if isinstance(store, DirectoryStore):
+                return store.fetch(archive_name(image), out)
+            return self._stores.oci.find_archive(image, out)
 
     def _here(self, image: ImageRef) -> int | None:
         fd = self.local.open(name_of(image))

@@ -9,11 +9,13 @@ from shim import log
 from shim.archive import remote
 from shim.cache.seed import Seed
 from shim.daemon.trust import registry_client
+from shim.errors import AbsentError
 from shim.index import codec, container
 from shim.index.build import build_index
 from shim.registry.ref import ImageRef
 from shim.settings import Settings
 from shim.stores import urls
+from shim.stores.base import archive_name
 from shim.stores.directory import DirectoryStore
 from shim.stores.s3 import S3Store
 from shim.stores.transfer import Stores
@@ -52,6 +54,24 @@ def fetch_by_name(settings: Settings, url: str, name: str, path: str) -> bool:
     with Stores(settings, registry_client(settings)) as stores, open(path, "wb") as out:
         store = stores.store(url)
         return isinstance(store, S3Store | DirectoryStore) and store.fetch(name, out)
+
+
+def archive_in_s3(settings: Settings, url: str, image: ImageRef, path: str) -> bool:
+    """Write the index of the archive that the S3 store at `url` has of `image` to `path`; False: it has none."""
+    with Stores(settings) as stores:
+        store = stores.store(url)
+        base = urls.parse(url)
+        assert isinstance(store, S3Store)
+        assert isinstance(base, S3Place)
+        prefix = base.key if base.is_store else f"{base.key}/"
+        try:
+            data = remote.read_index(store, S3Place(base.bucket, prefix + archive_name(image)))
+        except AbsentError:
+            return False
+    if data is None:
+        return False
+    Path(path).write_bytes(data)
+    return True
 
 
 def keep_in_store(settings: Settings, url: str, image: ImageRef, path: str) -> str:

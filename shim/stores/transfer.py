@@ -17,7 +17,7 @@ from shim.registry.hooks import Hooks
 from shim.registry.ref import ImageRef
 from shim.settings import Settings
 from shim.stores import urls
-from shim.stores.base import IndexStore
+from shim.stores.base import IndexStore, archive_name
 from shim.stores.directory import DirectoryStore
 from shim.stores.oci import ARCHIVE_TYPE, INDEX_TYPE, OciStore
 from shim.stores.s3 import S3Store, options_of
@@ -28,11 +28,12 @@ Progress = Callable[[int, int], None]
 _READ_SECONDS = 300.0  # a registry may take long to put a large blob where it belongs
 BESIDE = "oci"
 LOCAL = "local"
+NO_IMAGE = "rootfs.invalid"  # the registry that an archive of a directory names
 
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """What a file is: `kind` is "index" or "archive"; `image`, with its digest, of an index."""
+    """What a file is: `kind` is "index" or "archive"; `image`, with its digest, is what it was made of."""
 
     kind: str
     image: ImageRef | None
@@ -90,16 +91,19 @@ class Stores:
             if place.ref.digest is not None:
                 raise UsageError(f"{url}: a digest cannot be chosen", hint="give a tag, or the repository alone")
             return self.oci.push(place.ref, file, kind, facts.image, report)
+        by_image = place.is_store and facts.image is not None
+        name = archive_name(facts.image) if by_image and facts.image is not None else file.name
         if isinstance(place, S3Place):
-            if place.is_store and facts.image is not None:
+            if by_image and facts.kind == "index" and facts.image is not None:
                 return self.s3(place).keep(facts.image, file)
-            target = S3Place(place.bucket, place.key + file.name) if place.is_store else place
+            target = S3Place(place.bucket, place.key + name) if place.is_store else place
             self.s3(target).put(target, file, replace=True, progress=progress)
             return str(target)
-        if place.is_store and facts.image is not None:
+        if by_image and facts.kind == "index" and facts.image is not None:
             return DirectoryStore(place.path).keep(facts.image, file)
-        name = file.name if place.is_store else place.path.name
-        return DirectoryStore(place.path if place.is_store else place.path.parent).put(name, file, replace=True)
+        if place.is_store:
+            return DirectoryStore(place.path).put(name, file, replace=True)
+        return DirectoryStore(place.path.parent).put(place.path.name, file, replace=True)
 
     def pull(self, url: str, out: BinaryIO, *, known: str | None = None, limit: int = 1 << 40) -> str | None:
         """Write what `url` names to `out`; a text that changes when it does (an ETag, a digest).
@@ -135,11 +139,11 @@ def look(file: Path) -> FileFacts:
         tail = opened.read()
     if tail == container.END_MAGIC:
         data = codec.read_file(file)
-        if codec.decode(data, tree=False, spans=False).archive is not None:
-            return FileFacts("archive", None, size)
         facts = codec.summary(data)
         image = ImageRef.parse(facts["image"], local_paths=False).with_digest(facts["digest"])
-        return FileFacts("index", image, size)
+        if codec.archive_of(data) is None:
+            return FileFacts("index", image, size)
+        return FileFacts("archive", None if image.registry == NO_IMAGE else image, size)
     if head == container.GO_MAGIC:
         return FileFacts("archive", None, size)
     raise IndexFormatError(f"{file} is neither a clip index nor a clip archive")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.support.faultserver import FaultServer
 from tests.support.host import Host
 from tests.support.ocitar import DIR, Entry, gzip_bytes, tar
 from tests.support.registry import Registry
+from tests.support.s3 import S3
 
 LOADER = random.Random(1).randbytes(3 << 20)
 REST = random.Random(2).randbytes(6 << 20)
@@ -95,6 +97,35 @@ def test_eager_when_lazy_does_not_work(server: FaultServer, fault: dict[str, Any
         check_tree(answer)
 
 
+@pytest.mark.parametrize("store", ["local", "s3"])
+def test_archive_when_lazy_does_not_work(server: FaultServer, store: str) -> None:
+    """A known archive of the image has all its bytes: the registry is not asked for one."""
+    with ExitStack() as stack:
+        host = stack.enter_context(make_host(server, "lazy,archive,eager"))
+        index = host.index(f"{server.host}/app:v1", "app")
+        url = f"{host.state_dir}/indexes/"
+        if store == "s3":
+            s3 = stack.enter_context(S3())
+            host.env |= s3.env
+            url = f"s3://{s3.bucket}/archives/"
+            config = {"stores": {"lookup": [url], "s3": {s3.bucket: s3.options}}}
+            (host.base / "config.yaml").write_text(json.dumps(config))
+        archive = host.base / "app-archive.clip"
+        host.clip("archive", f"{server.host}/app:v1", "-o", archive)
+        pushed = host.clip("push", archive, url).stdout.strip()
+        archive.unlink()
+        assert pushed.endswith("-archive.clip")
+        host.start_daemon()
+        server.faults.add("GET", r"/blobs/", status=400)
+        answer = acquire(host, index)
+        assert answer["ok"], answer
+        assert answer["step"] == "archive"
+        assert [step for step, _ in steps(host)] == ["lazy"]
+        (shown,) = host.status()["images"]
+        assert (shown["step"], shown["reason"]) == ("archive", steps(host)[0][1])
+        check_tree(answer)
+
+
 def test_an_index_that_is_wrong_is_made_again(server: FaultServer) -> None:
     """Its digests are not those of the layers' bytes: nobody can say which of the two is wrong but the registry."""
     with make_host(server, "lazy,eager") as host:
@@ -129,7 +160,7 @@ def test_all_steps_broken_say_why(server: FaultServer) -> None:
 
 
 def test_only_the_steps_that_are_configured(server: FaultServer) -> None:
-    with make_host(server, "lazy") as host:
+    with make_host(server, "lazy", CLIP_SHIM_MOUNT_DEADLINE="3s") as host:
         index = host.index(f"{server.host}/app:v1", "app")
         host.start_daemon()
         server.faults.add("GET", r"/blobs/", need=RANGED, status=400)
