@@ -2,7 +2,8 @@
 
 Points: "publish.write" (before a span is written), "publish.set" (written, not yet visible), "read.copied" (bytes read,
 not yet checked again), "drop.cleared" (bits cleared, hole not yet punched), "fetch.open" (before a range is requested),
-"fetch.failed" (before the waiters hear of an error), "flush.synced" (data on disk, bitmap not yet),
+"fetch.failed" (before the waiters hear of an error), "flush.sync" (before data is synced), "flush.synced" (data on
+disk, bitmap not yet),
 "discard.begin", "discard.renamed", "discard.deleted" (a directory that is removed).
 """
 

@@ -19,6 +19,7 @@ from shim.cache.faultpoint import fault
 from shim.cache.hashing import hash_range
 from shim.cache.holes import contiguous, punch
 from shim.cache.memory import MemorySpans
+from shim.cache.opening import open_layer
 from shim.index.model import BLOCK, Spans
 
 ABSENT = 0  # nothing here
@@ -30,6 +31,7 @@ IN_MEMORY = 4  # verified, but the disk did not take it
 _READABLE = (VERIFIED, MARKED, IN_MEMORY)
 _IN_FILE = (VERIFIED, MARKED, ON_DISK)
 _TOUCH_SECONDS = 60.0
+_REFUSED_SECONDS = 60.0
 
 
 def padded(size: int) -> int:
@@ -109,9 +111,13 @@ class CachedLayer:
         self._write = threading.Lock()
         self._flush = threading.Lock()
         self._dirty = False
+        self._unsynced: list[int] = []
+        self._refused_until = 0.0
         self._touched = (0, 0.0)  # (uses, monotonic time) of the last touch
         try:
-            self._open()
+            meta = layer_meta(diff_id, self._table_digest, self.length)
+            self.data_fd, flags = open_layer(path, self.size, self.count, self._table_digest, meta)
+            self.states = bytearray(ON_DISK if flag else ABSENT for flag in flags)
         except OSError as error:
             on_write_error(error)  # the layer lives in memory alone
 
@@ -202,6 +208,7 @@ class CachedLayer:
             else:
                 fault("publish.set")
                 self.states[span] = VERIFIED
+                self._unsynced.append(span)
                 self._dirty = True
                 self._on_dirty()
                 return True
@@ -306,6 +313,8 @@ class CachedLayer:
     def _pwrite(self, data: bytes, offset: int) -> None:
         if self.data_fd < 0:
             raise OSError(errno.EROFS, "the layer's cache directory could not be opened")
+        if time.monotonic() < self._refused_until:
+            raise OSError(errno.EIO, "the disk lost what was written lately")
         view = memoryview(data)
         while view:
             written = os.pwrite(self.data_fd, view, offset)
@@ -325,18 +334,31 @@ class CachedLayer:
         with self._flush:
             with self._write:
                 flags, dirty, self._dirty = self._flags(), self._dirty, False
+                unsynced, self._unsynced = self._unsynced, []
             self._touch()
-            if self.data_fd >= 0:
-                self.access.flush()
-            if not dirty or self.data_fd < 0:
+            if self.data_fd < 0:
                 return
             try:
-                os.fdatasync(self.data_fd)
-                fault("flush.synced")
-                bitmap.store(self.path / "bitmap", flags, self._table_digest)
+                if dirty:
+                    self._sync(unsynced)
+                    fault("flush.synced")
+                    bitmap.store(self.path / "bitmap", flags, self._table_digest)
             except OSError:
                 self._dirty = True
                 raise
+            self.access.flush()
+
+    def _sync(self, spans: list[int]) -> None:
+        """fdatasync(2). Where it fails, what was written since the last one is lost as soon as the page cache lets go
+        of it, and the kernel says so only once: those spans are given up, and new ones kept in memory for a while."""
+        try:
+            fault("flush.sync")
+            os.fdatasync(self.data_fd)
+        except OSError:
+            with self._write:
+                self._clear(spans)
+                self._refused_until = time.monotonic() + _REFUSED_SECONDS
+            raise
 
     def allow(self, reference: str) -> None:
         """A registry has let `reference` read the layer: remembered with it."""
@@ -374,21 +396,3 @@ class CachedLayer:
                 os.utime(self.path / "meta.json")
             except OSError:
                 pass  # a read-only cache: the cleaner cannot work there either
-
-    def _open(self) -> None:
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(self.path / "data", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            flags = bitmap.load(self.path / "bitmap", self.count, self._table_digest)
-            if flags is None or os.fstat(fd).st_size != self.size:
-                os.ftruncate(fd, 0)
-                os.ftruncate(fd, self.size)
-                (self.path / "bitmap").unlink(missing_ok=True)
-                (self.path / "meta.json").write_text(layer_meta(self.diff_id, self._table_digest, self.length))
-            else:
-                (self.path / "meta.json").touch(0o600)  # what is missing would never be cleaned
-                self.states = bytearray(ON_DISK if flag else ABSENT for flag in flags)
-        except OSError:
-            os.close(fd)
-            raise
-        self.data_fd = fd

@@ -74,7 +74,18 @@ def take_lock(root: Path) -> int:
     """The cache's own lock: a descriptor that holds it. Raises CacheError: somebody has it, or there can be none."""
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return own(root / "lock")
+        try:
+            return own(root / "lock")
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # nothing can be made there: itself, then
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
     except BlockingIOError:
         raise CacheError(
             f"another daemon uses the cache {root}", hint="see `clip-shim status`; stop that one first"

@@ -278,6 +278,32 @@ def test_a_disk_that_refuses_leaves_reads_in_memory(
     assert lines == ["the layer cache cannot be written; reads go on from memory"]
 
 
+def test_a_disk_that_fails_to_sync(cache: LayerCache, sample: SampleLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsync(2) says once that it lost something, and the page cache still has it: what was not synced is given up, what
+    was stays, and new spans go to memory."""
+    monkeypatch.setattr(log, "error", lambda *_, **__: None)
+    layer = cache.layer(sample.diff_id, sample.spans)
+    layer.publish(0, span_bytes(sample, 0))
+    cache.flush()
+    layer.publish(1, span_bytes(sample, 1))
+    epoch = layer.epoch
+
+    def hook(name: str) -> None:
+        if name == "flush.sync":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    faultpoint.hook = hook
+    cache.flush()
+    faultpoint.hook = None
+    assert list(layer.states[:2]) == [VERIFIED, ABSENT]
+    assert layer.epoch > epoch
+    cache.flush()
+    assert list(bitmap.load(layer.path / "bitmap", layer.count, sample.spans.table_digest()) or b"")[:2] == [1, 0]
+    assert layer.publish(1, span_bytes(sample, 1))
+    assert layer.states[1] == IN_MEMORY
+    assert layer.read(sample.spans.ustart(1), 100) == span_bytes(sample, 1)[:100]
+
+
 def test_a_real_full_disk(tmp_path: Path, sample: SampleLayer) -> None:
     """RLIMIT_FSIZE makes write(2) fail half way through a span, as a full disk does."""
     script = """
