@@ -49,7 +49,7 @@ POINTS = {
 }
 ONCE = ("compacting", "taken", "restored", "resending", "resent", "serving")  # passed once in a server's life
 
-_SITE = """
+SITE = """
 import os, sys
 def _plan():
     if sys.orig_argv[1:4] != ["-m", "shim", "daemon"] or "--supervise" in sys.argv + sys.orig_argv:
@@ -178,7 +178,7 @@ def prepare(host: Host, seed: int, kills: int) -> list[str]:
         lines.append("" if point == "moment" else f"{' '.join(POINTS[point])} {count}")
     site = host.base / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(_SITE)
+    (site / "sitecustomize.py").write_text(SITE)
     # the first two servers start as they are: one is there before any work is, one may be replaced by the test
     (host.base / "plan").write_text("\n".join(["", *lines]) + "\n")
     host.env["PYTHONPATH"] = str(site)
