@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 
@@ -35,4 +36,7 @@ def run(args: argparse.Namespace) -> int:
         return supervise(arguments, loaded.run_dir)
     from shim.daemon.server import serve
 
-    return serve(loaded)
+    code = serve(loaded)
+    sys.stderr.flush()
+    # Not the usual way out, which waits for jobs: one may be in a read that only our successor answers.
+    os._exit(code)

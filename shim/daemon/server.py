@@ -113,6 +113,7 @@ class Daemon:
         self.broken = os.eventfd(0, os.EFD_CLOEXEC)  # readable when the blobs were unmounted by somebody else
         self._lock_fd = _exclusive(run / "daemon.lock")
         self._blobs_dir = str(run.resolve() / "blobs")  # as mountinfo has it
+        self._watchdog = Watchdog(self._blobs_dir, self._stopping)
         taken = handover.take(passed, run)
         self._failures = FailureLog(self._places, settings.state_dir / "trees", self._container_of)
         self._resolver = Resolver(settings)
@@ -194,7 +195,7 @@ class Daemon:
         self._server.start()
         jobs.start()
         self._failures.start()
-        Watchdog(self._blobs_dir, self._stopping).start()
+        self._watchdog.start()
         threads = {"accept": self._control.serve, "warm": self._warm, "housekeeping": self._housekeeping}
         threads["background"] = self._background.loop
         threads["cleaner"] = lambda: self._cleaner.loop(self._full, self._stopping)
@@ -237,6 +238,7 @@ class Daemon:
         fail if nobody keeps our descriptor for one."""
         self._stopping.set()
         self._full.set()
+        self._watchdog.close()
         self._background.close()
         self._control.close()
         if self._metrics is not None:

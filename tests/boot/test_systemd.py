@@ -4,55 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from shim import __version__
+from tests.boot.conftest import RUNTIME, pid
 from tests.support import bundle, expected, images
-from tests.support.debianroot import BOOTED, NEXT, SYSTEMD, DebianRoot, builder
+from tests.support.debianroot import NEXT, DebianRoot
 from tests.support.host import wait_for
 
-RUNTIME = "/usr/lib/clip-shim/libexec/clip-shim/clip-shim-runtime"
 INDEX = "/var/lib/clip-shim/indexes/small.clip"
 
 
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("packages")
-    module = builder()
-    module.build(directory, ["deb"])
-    module.build(directory, ["deb"], NEXT)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def machine(packages: Path, registry_address: str, pushed: Callable[[str], str]) -> Iterator[DebianRoot]:
-    machine = DebianRoot("trixie", f"{BOOTED},docker.io,docker-cli")
-    try:
-        (deb,) = packages.glob(f"clip-shim_{__version__}-*.deb")
-        subprocess.run(
-            ["chroot", machine.path, "dpkg", "-i", machine.offer(deb)], check=True, stdout=subprocess.DEVNULL
-        )
-        config = machine.path / "etc/clip-shim/config.yaml"
-        edited = config.read_text().replace("\ntrust:\n", f'\ntrust:\n  registries: ["{registry_address}"]\n')
-        edited = edited.replace("\nmetrics:\n", "\nmetrics:\n  listen: unix:/run/clip-shim-metrics.sock\n")
-        config.write_text(edited)
-        (machine.path / "etc/docker").mkdir(exist_ok=True)
-        docker = {"bridge": "none", "iptables": False, "ip6tables": False, "insecure-registries": [registry_address]}
-        docker["runtimes"] = {"clip": {"path": RUNTIME}}
-        (machine.path / "etc/docker/daemon.json").write_text(json.dumps(docker))
-        machine.start(SYSTEMD)
-        states = ("running", "degraded")
-        wait_for(
-            "it is up", lambda: machine.run("systemctl", "is-system-running", check=False).stdout.strip() in states
-        )
-        machine.run("clip-shim", "index", pushed("small"), "-o", INDEX)
-        yield machine
-    finally:
-        machine.close()
+@pytest.fixture(scope="module", autouse=True)
+def index(machine: DebianRoot, pushed: Callable[[str], str]) -> None:
+    machine.run("clip-shim", "index", pushed("small"), "-o", INDEX)
 
 
 def make(machine: DebianRoot, name: str, *args: str) -> str:
@@ -66,10 +33,6 @@ def make(machine: DebianRoot, name: str, *args: str) -> str:
 
 def container(machine: DebianRoot, name: str, *args: str) -> str:
     return machine.output(RUNTIME, "run", "--bundle", make(machine, name, *args), name)
-
-
-def pid(machine: DebianRoot) -> int:
-    return int(machine.unit("MainPID"))
 
 
 def test_the_units_are_up(machine: DebianRoot) -> None:
