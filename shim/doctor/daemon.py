@@ -40,19 +40,24 @@ def supervised(node: Node) -> Iterator[Result]:
     if not pid:
         yield skipped("no daemon runs", expected)
         return
-    unit = _unit(pid)
+    said = (node.status or {})["daemon"]
+    trouble = str(said.get("handover") or "")  # what becomes of reads should it be killed now, "" for nothing
+    unit, parent = _unit(pid), said.get("supervisor")
     if unit is not None:
         yield from _systemd(unit, expected)
-        return
-    parent = _parent(pid)
-    if "--supervise" not in _words(parent):
+    elif parent is None:
         yield warning(
-            f"nobody looks after the daemon (pid {pid})",
+            f"nobody looks after the daemon (pid {pid}): {trouble or 'it is not started again'}",
             expected,
             "end it: the next container starts one that is looked after; or `systemctl enable --now clip-shim`",
         )
+        return
     else:
         yield ok(f"pid {parent} looks after the daemon (pid {pid})", expected)
+    if trouble:
+        yield warning(
+            f"reads that wait when the daemon is killed will fail: {trouble}", expected, "see the check fuse-resend"
+        )
 
 
 def _systemd(unit: str, expected: str) -> Iterator[Result]:
@@ -83,17 +88,3 @@ def _unit(pid: int) -> str | None:
         return None
     names = [part for line in text.splitlines() for part in line.rpartition(":")[2].split("/")]
     return next((name for name in names if name.startswith("clip-shim") and name.endswith(".service")), None)
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def _words(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return []

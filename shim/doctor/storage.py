@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from shim.daemon.mounter import clear_stale
+from shim.doctor import trial
 from shim.doctor.node import Node
 from shim.doctor.result import Result, failed, ok, warning
-from shim.errors import ShimError
+from shim.errors import MountError, ShimError
 from shim.install import docker, running
 from shim.mount import mountinfo, overlay
 
@@ -153,6 +155,12 @@ def stale_mounts(node: Node) -> Iterator[Result]:
             expected,
             "start the daemon: `systemctl start clip-shim`, or any container with a reference does",
         )
+    elif ours and not _is_dead(node, run):
+        yield warning(
+            f"no daemon answers, but somebody keeps its descriptor: {_few(ours)}",
+            expected,
+            "start the daemon, which takes over: `systemctl start clip-shim`, or any container with a reference does",
+        )
     elif ours:
         yield warning(
             f"left by a daemon that is gone: {_few(ours)}",
@@ -162,6 +170,20 @@ def stale_mounts(node: Node) -> Iterator[Result]:
         )
     else:
         yield ok("nothing is left", expected)
+
+
+def _is_dead(node: Node, run: bytes) -> bool:
+    """Whether nobody holds the blobs' descriptor any more, so that no successor of the daemon can come.
+
+    A look at a mount that somebody holds and nobody serves waits, so a child does it."""
+    blobs = run + b"blobs"
+    if mountinfo.at(blobs) is None:
+        return True
+    try:
+        trial.attempt(lambda _: os.stat(blobs).st_dev, node.work_dir, 2)
+    except MountError as error:
+        return os.strerror(errno.ENOTCONN) in str(error)
+    return False
 
 
 def _has_lower(entry: mountinfo.MountEntry, run: bytes) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.doctor import doctor
 from tests.support.engines import Containerd, Docker, Podman, find_runtime
 from tests.support.host import Host, wait_for
 
@@ -23,9 +25,27 @@ def host(registry_address: str) -> Iterator[Host]:
         yield made
 
 
+def launcher(host: Host) -> Path:
+    """A program that sets the host's environment and becomes the launcher; its name makes it count as ours."""
+    path = launcher_path(host)
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        shutil.copy(host.runtime, path)
+    return path
+
+
+def launcher_path(host: Host) -> Path:
+    return host.base / "libexec/clip-shim-runtime"
+
+
+def said(host: Host, engine: str) -> list[tuple[str, str]]:
+    """(status, found) of `doctor --check ENGINE`, of this host's engines."""
+    found = doctor(host, engine)[engine]
+    return [(item["status"], item["found"]) for item in found if str(host.base) in item["found"] + item["expected"]]
+
+
 def install(host: Host, verb: str, engine: str, config: Path, *more: str, check: bool = True) -> str:
-    """The engine runs a program that sets the host's environment, and becomes the launcher."""
-    words = [verb, engine, "--config", config, "--runtime-path", str(host.runtime), *more]
+    words = [verb, engine, "--config", config, "--runtime-path", str(launcher(host)), *more]
     done = host.clip(*words, check=check)
     return done.stdout + done.stderr
 
@@ -35,10 +55,18 @@ def test_docker(host: Host, thin: Callable[[str], str]) -> None:
     config.write_text(json.dumps({"labels": ["site=a"], "runtimes": {"plain": {"path": find_runtime("runc")}}}))
     with Docker(host, config=config) as docker:
         assert docker.process is not None
-        said = install(host, "install", "docker", config)
-        assert "now:  systemctl reload docker" in said
+        assert said(host, "docker")[0][0] == "skipped"
+        assert "now:  systemctl reload docker" in install(host, "install", "docker", config)
+        assert said(host, "docker")[0][0] == "failed"
+        assert said(host, "docker")[0][1].endswith("it was not reloaded")
         os.kill(docker.process.pid, signal.SIGHUP)
         wait_for("dockerd has read it", lambda: '"clip"' in docker.output("info", "-f", "{{json .Runtimes}}"))
+        assert "runtime clip of Docker leads to another installation" in said(host, "docker")[0][1]
+        launcher(host).rename(host.base / "gone")
+        assert said(host, "docker") == [
+            ("failed", f"Docker has the runtime clip, but {launcher_path(host)} is not there")
+        ]
+        (host.base / "gone").rename(launcher_path(host))
         image = docker.pull(thin("small"))
         assert docker.run("--rm", image, "cat", "/data/one").stdout == "changed in a higher layer"
         docker.run("-d", "--name=needs-it", image, "sleep", "1000")
@@ -47,6 +75,7 @@ def test_docker(host: Host, thin: Callable[[str], str]) -> None:
         assert "1 containers of Docker need the runtime clip: needs-it\n" in refused
         docker.call("rm", "-f", "needs-it")
         install(host, "uninstall", "docker", config)
+        assert "still has the runtime clip" in said(host, "docker")[0][1]
         os.kill(docker.process.pid, signal.SIGHUP)
         wait_for("dockerd has read it", lambda: '"clip"' not in docker.output("info", "-f", "{{json .Runtimes}}"))
         assert list(json.loads(docker.output("info", "-f", "{{json .Runtimes}}"))).count("plain") == 1
@@ -67,10 +96,10 @@ def test_containerd(host: Host, thin: Callable[[str], str]) -> None:
         config.write_text(containerd.config.read_text().replace("disabled_plugins", "# disabled_plugins"))
         assert "now:  systemctl restart containerd" in install(host, "install", "containerd", config)
         dumped = host.output("containerd", "--config", config, "config", "dump")
-        assert f'BinaryName = "{host.runtime}"' in dumped
+        assert f'BinaryName = "{launcher(host)}"' in dumped
         assert ".containerd.runtimes.runc]" in dumped
         image = containerd.pull(thin("small"))
-        containerd.run("-d", image, "box", "sleep", "1000")
+        containerd.run("-d", image, "box", "sleep", "1000", runtime=str(launcher(host)))
         refused = install(host, "uninstall", "containerd", config, check=False)
         assert "containers of containerd need the runtime clip: default/box" in refused
     with Containerd(host) as containerd:
@@ -93,6 +122,11 @@ def test_containerd_starts_with_it(host: Host) -> None:
         wait_for("containerd answers", lambda: host.run(*ctr, "version", check=False).returncode == 0)
         rows = [line.split() for line in host.output(*ctr, "plugins", "ls").splitlines()]
         assert [row[-1] for row in rows if row[:2] == ["io.containerd.grpc.v1", "cri"]] == ["ok"]
+        assert said(host, "containerd")[-1][1].startswith(
+            "the runtime clip of containerd leads to another installation"
+        )
+        config.write_text(config.read_text() + "\n")
+        assert [status for status, text in said(host, "containerd") if "was changed after" in text] == ["failed"]
         child.terminate()
 
 
@@ -110,23 +144,16 @@ def test_podman(host: Host, thin: Callable[[str], str]) -> None:
         def call(*words: str) -> str:
             return host.run("podman", *words, env=plain).stdout.rstrip("\n")
 
-        said = host.clip("install", "podman", "--runtime-path", str(host.runtime)).stdout
-        assert "written /etc/containers/containers.conf.d/50-clip-shim.conf" in said
-        assert call("--runtime", "clip", "info", "-f", "{{.Host.OCIRuntime.Path}}") == str(host.runtime)
+        written = host.clip("install", "podman", "--runtime-path", launcher(host)).stdout
+        assert "written /etc/containers/containers.conf.d/50-clip-shim.conf" in written
+        assert call("--runtime", "clip", "info", "-f", "{{.Host.OCIRuntime.Path}}") == str(launcher(host))
+        assert said(host, "podman")[0][1].startswith("the runtime clip of podman leads to another installation")
         assert call("--runtime", "runc", "info", "-f", "{{.Host.OCIRuntime.Name}}") == "runc"
         image = podman.pull(thin("small"))
         assert call("--runtime", "clip", "run", "--rm", image, "cat", "/data/one") == "changed in a higher layer"
         call("--runtime", "clip", "run", "-d", "--name=box", image, "sleep", "1000")
-        refused = host.run(
-            "sh", "-c", f"clip-shim uninstall podman --runtime-path {host.runtime}", env=plain | path(host), check=False
-        )
+        refused = host.clip("uninstall", "podman", "--runtime-path", launcher(host), env=plain, check=False)
         assert "1 containers of podman need the runtime clip: box" in refused.stderr
         call("rm", "-f", "-t", "0", "box")
-        host.clip("uninstall", "podman", "--runtime-path", str(host.runtime))
+        host.clip("uninstall", "podman", "--runtime-path", launcher(host))
         assert list((etc / "containers.conf.d").iterdir()) == []
-
-
-def path(host: Host) -> dict[str, str]:
-    from tests.support.host import CLIP_SHIM
-
-    return {"PATH": f"{CLIP_SHIM.parent}:{host.env['PATH']}"}
