@@ -46,7 +46,12 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         type=Path,
         help="the image's index, made before and perhaps with a start profile: it is not indexed again",
     )
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="machine-readable output: image, thin, digest (of what THIN_REF names now), seconds, and images: for each"
+        " platform what `index --json` says, thin_digest, thin_bytes, skeleton_entries, content_bytes",
+    )
     parser.set_defaults(run=run)
 
 

@@ -175,6 +175,7 @@ def write_tar(skeleton: Skeleton, marker: bytes, out: BinaryIO, content: Callabl
         for path, node in skeleton.entries:
             if path in (_DIR, _MARKER):
                 continue
+            tar.members.clear()  # type: ignore[attr-defined]  # kept for readers; there may be a million
             info = _info(path, node)
             first = written.setdefault(id(node), path)
             if first != path:

@@ -167,6 +167,12 @@ def test_content_of_layers_of_every_kind(registry: Registry, clip: Clip, kind: s
     assert {k: v for k, v in found.items() if k[0] != "."} == WANTED | {"data/empty": b"", "www/page": b"hello"}
 
 
+def test_an_image_without_layers(registry: Registry, clip: Clip) -> None:
+    registry.push_image("nothing", "1", [])
+    clip.convert(registry.ref("nothing", "1"), registry.ref("nothing", "thin"))
+    assert list(content(pulled(registry, "nothing", "thin")[2])) == [".clip/index.clip"]
+
+
 def test_dockers_own_types_stay(registry: Registry, clip: Clip) -> None:
     """Its config may hold what OCI's does not know, such as HEALTHCHECK: engines look at the type."""
     raw = json.loads(registry.get("/v2/app/manifests/1.0", "app")[1])
