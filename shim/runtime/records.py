@@ -143,7 +143,11 @@ class Record:
 
     def release(self) -> None:
         """Forget this container: the record and its empty directories. What is still mounted or filled stays."""
-        for name in ("state.json", "config.json", "config.ours", "owner"):
+        try:
+            names = os.listdir(self.directory)  # also files that a killed wrapper had not renamed yet
+        except OSError:
+            names = []
+        for name in sorted(names, key=lambda name: (name == "owner", name != "state.json")):
             self._quietly(os.unlink, os.path.join(self.directory, name))
         for path in (self.rootfs, self.stage, self.directory, os.path.dirname(self.directory)):
             self._quietly(os.rmdir, path)

@@ -21,6 +21,7 @@ from tests.support.wrapperbox import Box
 
 # at which system call SIGKILL comes, and the how-manieth of its kind (strace does not count the first execve)
 STEPS = [("sendmsg", 1), ("fsopen", 1), ("fsmount", 1), ("umount2", 1), ("move_mount", 1), ("fsync", 1), ("execve", 1)]
+STEPS += [("mkdir", 1), ("rename", 1), ("rename", 2), ("fsconfig", 1)]
 
 
 @pytest.fixture
