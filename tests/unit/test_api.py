@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -23,9 +24,11 @@ from shim.errors import (
 )
 from shim.index import build as index_build
 from shim.index import codec
+from shim.registry.ref import ImageRef
 from shim.settings import Settings
+from shim.stores.oci import OciStore
 from tests.support.ocitar import Entry, gzip_bytes, tar
-from tests.support.registry import Registry
+from tests.support.registry import Registry, make_client
 from tests.support.smallimage import noise
 
 DATA = noise(3, 5 << 20)
@@ -114,6 +117,13 @@ def test_build_makes_an_archive_of_what_cannot_be_indexed(
     assert (built.kind, built.reason) == ("archive", "no index, on purpose")
     assert built.bytes > len(DATA)
     assert built.url.endswith("-archive.clip")
+    beside = api.build(registry.ref("app", "v1"), f"oci://{registry.host}/app")
+    assert beside.kind == "archive"
+    client = make_client(tmp_path)
+    out = io.BytesIO()
+    assert OciStore(client).find_archive(ImageRef(registry.host, "app", "v1", beside.digest), out)
+    assert len(out.getvalue()) == beside.bytes
+    assert api.pull(beside.url, tmp_path / "a.clip").kind == "archive"
     with pytest.raises(LayerError, match=r"on purpose \(and no archive: "):
         api.build(registry.ref("broken", "v1"), f"{tmp_path}/store/")
     assert list((tmp_path / "tmp").iterdir()) == []
