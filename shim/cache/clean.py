@@ -18,6 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from shim import log
+from shim.errors import ShimError
+
 FULL_BYTES = 256 << 20  # what is freed at least when the disk refused a write
 
 
@@ -122,7 +125,7 @@ class Report:
     disk's free space as they are afterwards."""
 
     done: tuple[Step, ...]
-    skipped: tuple[Step, ...]  # taken into use meanwhile
+    skipped: tuple[Step, ...]  # taken into use meanwhile, or the disk refused
     cache_bytes: int
     free_bytes: int
     dry_run: bool
@@ -146,19 +149,26 @@ class Shelf(Protocol):
 
 
 def clean(shelf: Shelf, limits: Limits, now: float, root: Path, *, dry_run: bool) -> Report:
-    """Make a plan and carry it out. `root`: a directory on the disk that is to have space. Raises OSError."""
+    """Make a plan and carry it out; what cannot be removed is skipped. `root`: a directory on the disk that is to have
+    space. Raises OSError: that cannot be looked at."""
     items = shelf.items()
     steps = plan(items, limits, now, disk_of(root))
     done: list[Step] = []
     skipped: list[Step] = []
     for step in steps:
-        if dry_run:
-            done.append(step)
-        elif step.whole:
-            (done if shelf.remove(step.item) else skipped).append(step)
-        else:
-            freed = shelf.shrink(step.item, step.size)
-            (done if freed else skipped).append(replace(step, size=freed))
+        freed = step.size if dry_run else _carry_out(shelf, step)
+        (skipped if freed is None else done).append(replace(step, size=freed or 0))
     freed = sum(step.size for step in done)
     free = disk_of(root).free + (freed if dry_run else 0)
     return Report(tuple(done), tuple(skipped), sum(item.size for item in items) - freed, free, dry_run)
+
+
+def _carry_out(shelf: Shelf, step: Step) -> int | None:
+    """Bytes that became free; None: nothing was done."""
+    try:
+        if not step.whole:
+            return shelf.shrink(step.item, step.size) or None
+        return step.size if shelf.remove(step.item) else None
+    except (OSError, ShimError) as error:
+        log.warning("not cleaned", item=step.item.kind, name=step.item.name, error=str(error))
+        return None

@@ -86,4 +86,6 @@ def _text(answer: dict[str, Any]) -> list[str]:
     rows = table(("KIND", "NAME", "FREED", "LAST USED", "BECAUSE OF", "IMAGE"), lines, right="..rr") if lines else []
     verb = "would free" if answer["dry_run"] else "freed"
     left = f"the cache takes {human(answer['cache_bytes'])}, {human(answer['free_bytes'])} of the disk are free"
+    if answer["skipped"]:
+        rows.append(f"{len(answer['skipped'])} could not be removed, or are in use by now")
     return [*rows, f"{verb} {human(answer['freed_bytes'])}; {left}"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shim.cache import discard, faultpoint
-from shim.cache.clean import FULL_BYTES, Disk, Item, Limits, Step, plan
+from shim.cache.clean import FULL_BYTES, Disk, Item, Limits, Step, clean, plan
 from shim.cache.layer import ABSENT
 from shim.cache.pins import Pins
 from shim.cache.store import LayerCache, cleaners_turn, take_lock
@@ -77,6 +77,24 @@ def test_spans_in_use_are_the_last_resort() -> None:
 def test_a_full_disk_whatever_it_says_itself() -> None:
     items = [layer("a", FULL_BYTES // 2, 3), layer("b", FULL_BYTES, 2), layer("c", GIB, 1)]
     assert names(plan(items, Limits(full=True), NOW, PLENTY)) == ["a", "b"]
+
+
+def test_what_cannot_be_removed_is_skipped(tmp_path: Path) -> None:
+    class Stubborn:
+        def items(self) -> list[Item]:
+            return [layer("stuck", GIB, 30), layer("used", GIB, 20), layer("gone", GIB, 10)]
+
+        def remove(self, item: Item) -> bool:
+            if item.name == "stuck":
+                raise PermissionError(1, "Operation not permitted")
+            return item.name == "gone"
+
+        def shrink(self, _item: Item, _size: int) -> int:
+            raise AssertionError("nothing is in use")
+
+    report = clean(Stubborn(), Limits(max_age=1), NOW, tmp_path, dry_run=False)
+    assert (names(list(report.done)), names(list(report.skipped))) == (["gone"], ["stuck", "used"])
+    assert (report.freed, report.cache_bytes) == (GIB, 2 * GIB)
 
 
 def _killed_at(point: str, work: str, directory: str) -> None:
