@@ -17,7 +17,7 @@ import pytest
 from tests.support import images
 from tests.support.daemonclient import Client, acquire
 from tests.support.faultserver import FaultServer
-from tests.support.host import Host, wait_for
+from tests.support.host import Host, stop, wait_for
 from tests.support.lazytree import FILES, drop_page_cache, right, sha256, tree
 from tests.support.registry import Registry
 
@@ -217,7 +217,7 @@ def test_a_full_disk_wakes_it(server: FaultServer) -> None:
         cache = host.state_dir / "cache"
         cache.mkdir()
         host.run("mount", "-t", "tmpfs", "-o", "size=12m", "cache", cache)
-        host.start_daemon()
+        child = host.start_daemon()
         first = host.index(f"{server.host}/small:latest", "small")
         index = host.index(f"{server.host}/shared-a:latest", "a")
         with Client(host) as client:
@@ -230,3 +230,10 @@ def test_a_full_disk_wakes_it(server: FaultServer) -> None:
                 assert sha256(Path(answer["tree"]) / name) == right(name)
             wait_for("the cleaner has worked", lambda: "cache cleaned" in (host.base / "log" / "daemon").read_text())
         wait_for("the tree is unmounted", lambda: not host.status()["layers"])
+        stop(child)
+        marks = {"CLIP_SHIM_CACHE_FREE_LOW": "1%", "CLIP_SHIM_CACHE_FREE_HIGH": "99%"}
+        assert json.loads(host.clip("cache", "clean", "--json", env=marks).stdout)["removed"] == []
+        marks["CLIP_SHIM_CACHE_FREE_LOW"] = "98%"
+        done = json.loads(host.clip("cache", "clean", "--json", env=marks).stdout)
+        assert {row["reason"] for row in done["removed"]} == {"space"}
+        assert done["free_bytes"] > 0.98 * (12 << 20)
