@@ -39,7 +39,7 @@ from shim import __version__  # noqa: E402
 from shim.runtime.launcher import launcher_text  # noqa: E402
 
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
-COMPILED = ("isal", "fastcrc")  # a wheel for each version of Python
+COMPILED = ("isal", "fastcrc", "zlib-ng")  # a wheel for each version of Python
 # What Debian 12 has of requests and urllib3 is too old, and its boto3 cannot live with newer ones.
 PURE = (
     "mfusepy", "requests", "urllib3", "idna", "certifi", "charset-normalizer", "boto3", "botocore", "s3transfer",

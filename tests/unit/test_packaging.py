@@ -80,18 +80,3 @@ def test_the_dashboard_is_one() -> None:
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
     assert len(set(places)) == len(places)
     assert all(target["expr"] and panel["title"] for panel in board["panels"] for target in panel["targets"])
-
-
-def test_the_package_has_all_that_is_needed() -> None:
-    """Every dependency of pyproject.toml is bundled, or a package of the distribution that the deb and the rpm need."""
-    import tomllib
-
-    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    names = {re.split(r"[<>=!~ \[;]", line)[0].lower() for line in needed}
-    bundled, deb, rpm = json.loads(
-        generated("__import__('json').dumps([[*b.PURE, *b.COMPILED], b._DEB_DEPENDS, b._RPM_DEPENDS])", "build as b")
-    )
-    late = {"prometheus-client"}  # Recommends: only for `metrics.listen`
-    for name in sorted(names - set(bundled) - late):
-        assert f"python3-{name.removeprefix('py') if name == 'pyyaml' else name}" in deb
-        assert f"python3-{name}" in rpm

@@ -185,3 +185,21 @@ def test_packages_are_listed() -> None:
 
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(MODULES_WITH_INIT)
+
+
+def test_the_package_has_all_that_is_needed() -> None:
+    """Every dependency is bundled by packaging/build.py (PURE, COMPILED), or a package of the distribution that the deb
+    and the rpm need."""
+    import json
+    import re
+    import tomllib
+
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[<>=!~ \[;]", line)[0].lower() for line in needed}
+    script = "import sys, json; sys.path.insert(0, 'packaging'); import build as b; "
+    script += "print(json.dumps([[*b.PURE, *b.COMPILED], b._DEB_DEPENDS, b._RPM_DEPENDS]))"
+    said = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    bundled, deb, rpm = json.loads(said)
+    for name in sorted(names - set(bundled) - {"prometheus-client"}):  # Recommends: only for `metrics.listen`
+        assert f"python3-{'yaml' if name == 'pyyaml' else name}" in deb
+        assert f"python3-{name}" in rpm
