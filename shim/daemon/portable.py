@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from shim.cache.ownership import is_corpse
 from shim.daemon import jobs, mounter
 from shim.errors import MountError
 
@@ -43,6 +44,10 @@ class PortableTree:
             why = said.decode(errors="replace").strip() or f"no answer in {deadline:.3g} s"
             raise MountError(f"the portable tree did not start: {why}")
         return cls(process)
+
+    def is_dead(self) -> bool:
+        """Whether it serves no more, though it may not be reaped yet."""
+        return self.has_ended() or is_corpse(self.process.pid)
 
     def has_ended(self) -> bool:
         """Whether the process is gone; it is no zombie then."""

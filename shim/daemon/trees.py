@@ -166,7 +166,7 @@ class Trees:
 
     def _is_there(self, tree: ImageTree) -> bool:
         """Whether a tree that was mounted still is, and served: others can unmount it, or kill its server."""
-        if tree.portable is not None and tree.portable.has_ended():
+        if tree.portable is not None and tree.portable.is_dead():
             return False
         entry = mountinfo.at(str(self._run / tree.hex))
         tree.device = entry.dev.decode() if entry is not None else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,30 @@ def test_it_comes_and_goes_without_a_zombie(host: Host) -> None:
             (pid,) = servers(host)
         wait_for("the tree is unmounted", lambda: not trees(host) and not host.status()["layers"])
         wait_for("its process is reaped", lambda pid=pid: not Path(f"/proc/{pid}").exists())
+
+
+def test_it_survives_the_daemon_but_not_its_own_end(host: Host) -> None:
+    """Its files' bytes come from the blobs, which a successor of the daemon serves; of itself there is no successor."""
+    target = host.base / "mine"
+    target.mkdir()
+    host.clip("mount", host.indexes / "a.clip", target)
+    assert (target / "common/03").read_bytes() == smallimage.noise(103, 400_000)
+    (pid,) = servers(host)
+    old = server_pid(host)
+    os.kill(old, signal.SIGKILL)
+    assert (target / "common/11").read_bytes() == smallimage.noise(111, 400_000)
+    assert server_pid(host) != old
+    assert is_running(pid)
+    os.kill(pid, signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(OSError, match=r"connect|Input/output"):
+        (target / "common/17").read_bytes()
+    assert time.monotonic() - begin < 5
+    wait_for("it is reaped", lambda: not Path(f"/proc/{pid}").exists())
+    answer = acquire(host, host.indexes / "a.clip")
+    assert answer["ok"], answer
+    syscalls.umount2(str(target))
+    wait_for("nothing of it is mounted", lambda: not trees(host) and not host.status()["layers"])
 
 
 def test_one_that_was_killed_is_replaced(host: Host) -> None:
