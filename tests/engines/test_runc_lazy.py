@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from shim.index import container
 from tests.support import bundle, expected, images
 from tests.support.engines import find_runtime
 from tests.support.host import Host, wait_for
@@ -76,6 +77,26 @@ def test_index_in_the_bundle(clean: Host, indexed: Indexed, tmp_path: Path) -> N
     made = bundle.make(tmp_path / "b1", ["cat", "/data/one"])
     (made / "index.clip").write_bytes(indexed("small").read_bytes())
     assert run(clean, made).stdout == ONE
+
+
+def test_archive(clean: Host, pushed: Callable[[str], str], tmp_path: Path) -> None:
+    """A v1 archive in the place of an index; its data are in the file itself."""
+    file = clean.indexes / "archive.clip"
+    clean.clip("archive", pushed("small"), "-o", file)
+    made = bundle.make(tmp_path / "v1", ["cat", "/data/one"], index=file)
+    assert run(clean, made).stdout == ONE
+
+
+def test_go_clips_index(clean: Host, pushed: Callable[[str], str], tmp_path: Path) -> None:
+    """A v2 file without our part: the image is indexed afresh, so that what v2 lost is there, a setuid bit say."""
+    data = clean.index(pushed("small"), "both", "--format", "clip").read_bytes()
+    file = clean.indexes / "go.clip"
+    file.write_bytes(data[: container.start_of_part(lambda at, length: data[at : at + length], len(data))])
+    made = bundle.make(tmp_path / "v2", ["sh", "-c", "cat /data/one; find / -xdev -perm -4000"], index=file)
+    setuid = [path for path in expected.tree(images.image("small")).rglob("*") if path.lstat().st_mode & 0o4000]
+    out = run(clean, made).stdout
+    assert out.startswith(ONE)
+    assert len(out.removeprefix(ONE).splitlines()) == len(setuid) > 0
 
 
 def test_read_only_root(clean: Host, indexed: Indexed, tmp_path: Path) -> None:
