@@ -80,6 +80,11 @@ class ArchiveBytes:
         self._archive = numbers[1::3]
         self._length = numbers[2::3]
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is somewhere else than on this machine."""
+        return not isinstance(self.reader, FileReader)
+
     @contextmanager
     def open(self, start: int, end: int) -> Iterator[Iterator[bytes]]:
         """Bytes [start, end) of the layer. Iterating raises StoreError, and IntegrityError if the archive is short."""

@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 from shim import log
+from shim.archive.source import ArchiveBytes
 from shim.cache.layer import CachedLayer
-from shim.errors import RegistryError, ShimError
+from shim.errors import IntegrityError, RegistryError, ShimError
 from shim.index.model import Compression
 from shim.layers.inflate import compressed_range, inflate_spans
 from shim.registry.client import RegistryClient
@@ -117,6 +119,26 @@ class Access:
         with self._client.open_blob(image, held.digest, start, stop, deadline=end) as stream:
             for _ in inflate_spans(spans, held.compression, first, stream, chosen + 1):
                 pass
+
+    def confirm_archive(self, cached: CachedLayer, archive: ArchiveBytes) -> None:
+        """An archive that wants what is cached of its layer must have the data: one span is read there and hashed. Of
+        a file each time; of an object in S3 once, so that what is cached starts without S3.
+
+        Raises IntegrityError, StoreError.
+        """
+        if self._policy == "if-cached" or cached.access.has(archive.reader.place):
+            return
+        spans = cached.spans
+        if cached.cached_bytes and spans.count:
+            chosen = random.randrange(spans.count)  # noqa: S311  as in `_prove`
+            data = archive.read(spans.ustart(chosen), spans.ustart(chosen + 1))
+            if sha256(data).digest() != spans.digest(chosen):
+                raise IntegrityError(
+                    f"{archive.reader.place} does not have the data that its index speaks of",
+                    hint="make the archive, or the pointer to it, again",
+                )
+        if archive.is_remote:
+            cached.allow(archive.reader.place)
 
 
 def reference(image: ImageRef, digest: str) -> str:

@@ -92,8 +92,8 @@ class Layers:
 
     def confirm(self, meta: dict[str, Any], end: float) -> None:
         """Return when a tree's image may read its layers, which `add` has added; by `end` (monotonic). Raises
-        RegistryError and its kinds, IntegrityError; the layers are still added then."""
-        if "archive" in meta:  # its place was judged, and its index is its end: there is nobody to ask
+        RegistryError and its kinds, IntegrityError; the layers are still added then. Of archives: `confirm_archive`."""
+        if "archive" in meta:
             return
         ref = ImageRef.parse(meta["image"], local_paths=False)
         with self._lock:
@@ -106,6 +106,14 @@ class Layers:
                 for served, _ in found:
                     served.sources = [source for source in served.sources if source.ref.name != ref.name]
             raise
+
+    def confirm_archive(self, meta: dict[str, Any], directory: Path, fd: int) -> None:
+        """The same for an archive, each time it is asked for: whoever has its index may not have its data."""
+        place = archives.source(meta, directory, fd, self._settings)
+        if place is not None:
+            with self._lock:
+                cached = self._served[meta["layers"][0]["blob"]].lazy.cached
+            self._access.confirm_archive(cached, place)
 
     def release(self, tree: str) -> None:
         """A tree is no longer mounted; its layers stay until the next `sweep`."""

@@ -103,6 +103,7 @@ class Trees:
             usual = _SHARE * self._settings["mount_deadline"]
             share = usual if seconds is None else seconds if fill is not None else min(seconds, usual)
             meta = self._ensure_mounted(tree, files, started, started + share, timings, fill, step)
+            self._layers.confirm_archive(meta, self._state / hex_, files[1])
         except BaseException:
             self._release(tree)
             raise

@@ -140,6 +140,21 @@ def test_from_s3_by_ranges(host: Host, registry: Registry, s3: S3) -> None:
         check("small", root)
 
 
+def test_cached_data_are_not_for_who_has_only_the_index(host: Host, registry: Registry) -> None:
+    """A file that ends in the index of an archive whose data are cached, but has other data."""
+    file = archive(host, registry, "small")
+    with mounted(host, file) as root:
+        check("small", root)
+    data = file.read_bytes()
+    start = container.start_of_part(lambda at, length: data[at : at + length], len(data))
+    forged = host.base / "forged.clip"
+    forged.write_bytes(data[:54] + bytes(start - 54) + data[start:])
+    (host.base / "mnt4").mkdir(exist_ok=True)
+    done = host.clip("mount", forged, host.base / "mnt4", check=False)
+    assert done.returncode == 1
+    assert "does not have the data" in done.stderr
+
+
 def test_go_clips_archive(host: Host) -> None:
     """A file of Go's own making: indexed once, its CRCs compared, read where it lies."""
     file = host.base / "foreign.clip"
