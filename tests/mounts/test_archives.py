@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -138,6 +140,16 @@ def test_from_s3_by_ranges(host: Host, registry: Registry, s3: S3) -> None:
         assert (root / "etc" / "passwd").exists()
         assert fetched(host) < size / 2
         check("small", root)
+
+
+def test_a_new_daemon_finds_the_archive(host: Host, registry: Registry) -> None:
+    """The daemon is killed under a mounted archive: its successor opens the file where it was."""
+    file = host.base / "kill.clip"
+    host.clip("archive", "--rootfs", expected.tree(images.image("odd")), "-o", file)
+    with mounted(host, file) as root:
+        os.kill(host.status()["daemon"]["pid"], signal.SIGKILL)
+        found = compare(expected.tree(images.image("odd")), root)
+        assert not found, report(found)
 
 
 def test_cached_data_are_not_for_who_has_only_the_index(host: Host, registry: Registry) -> None:
