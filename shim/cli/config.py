@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         _check(loaded)
         print("the configuration is valid")
         return 0
+    from shim.doctor.support import redact_value
     from shim.runtime_path import ensure_launcher
 
     runtime_path = str(ensure_launcher(loaded))
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"runtime_path: {runtime_path}")
         return 0
     if args.json:
-        values = {key: _plain(loaded[key]) for key in settings.BY_KEY}
+        values = {key: redact_value(_plain(loaded[key])) for key in settings.BY_KEY}
         json.dump(
             {"runtime_path": runtime_path, "settings": values, "source": dict(loaded.source)}, sys.stdout, indent=2
         )
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"runtime_path: {runtime_path}")
         for key in settings.BY_KEY:
-            print(f"{key}: {_scalar(_plain(loaded[key]))}  # {loaded.source[key]}")
+            print(f"{key}: {_scalar(redact_value(_plain(loaded[key])))}  # {loaded.source[key]}")
     return 0
 
 

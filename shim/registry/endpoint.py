@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from urllib.parse import urlencode, urljoin
+from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
 
 from shim.errors import NotFoundError, RegistryError
 from shim.registry.auth import MAX_TOKEN_ANSWER, Authenticator
@@ -227,6 +227,8 @@ class Endpoint:
         home = origin_of(response.url) == self.host.origin
         secrets = self._auth.secrets(call.repository, call.actions)
         secrets += tuple(value for _, value in self.host.headers)
+        # a signature is in the address, and some servers repeat what they were asked
+        secrets += tuple(value for _, value in parse_qsl(urlsplit(response.url).query) if len(value) >= 16)
         detail = self._detail(response, secrets) if home else ""
         what = f"{call.kind} {call.path.rpartition('/')[2]} of {call.repository}"
         suffix = f": {detail}" if detail else ""
