@@ -120,7 +120,8 @@ def test_a_run_at_debug_level(tmp_path: Path) -> None:
                 clip("config", "show")
                 clip("config", "show", "--json")
                 clip("cache", "ls", "--json")
-                clip("doctor", "--support", host.base / "support.tar.gz")
+                checks = [word for name in ("registry", "stores", "configuration") for word in ("--check", name)]
+                clip("doctor", *checks, "--support", host.base / "support.tar.gz")
                 said += archive_files(host.base / "support.tar.gz")
                 listen = log_lines(host, "metrics are served")[0]["listen"]
                 with urllib.request.urlopen(f"http://{listen}/metrics", timeout=20) as answer:
