@@ -134,6 +134,9 @@ def stage_rest(stage: Path) -> None:
     put(stage, "/usr/share/zsh/vendor-completions/_clip-shim", generate.completion("zsh"))
     doc = Path("/usr/share/doc/clip-shim")
     put(stage, doc / "copyright", _copyright())
+    override = "# zlib-ng is another library than zlib, and Debian has no Python binding of it\n"
+    override += "clip-shim: embedded-library zlib [usr/lib/clip-shim/*/zlib_ng/*]\n"
+    put(stage, "/usr/share/lintian/overrides/clip-shim", override)
     put(stage, doc / "README.md", (ROOT / "README.md").read_bytes())
     put(stage, doc / "CONFIGURATION.md", generate.reference())
     put(stage, doc / "OPERATIONS.md", (ROOT / "systemd/README.md").read_bytes())
