@@ -51,8 +51,11 @@ class ForeignFiles:
         source: where the reference stood. Raises TrustError when it leads where its source may not, and ShimError.
         """
         info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or not files.is_go(os.pread(fd, len(files.MAGIC), 0)):
-            return None
+        try:
+            if not stat.S_ISREG(info.st_mode) or not files.is_go(os.pread(fd, len(files.MAGIC), 0)):
+                return None
+        except OSError:
+            return None  # it cannot be read: who takes it for an index says so
         if container.start_of_part(lambda offset, length: os.pread(fd, length, offset), info.st_size):
             return None
         path = f"/proc/{os.getpid()}/fd/{fd}"

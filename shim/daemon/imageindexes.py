@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 import time
@@ -11,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shim import log
-from shim.daemon import indexjobs, jobs
+from shim.daemon import indexfile, indexjobs, jobs
 from shim.daemon.flights import Flights
-from shim.errors import IndexFormatError, ShimError, StoreError
+from shim.errors import ShimError, StoreError
 from shim.index import codec
 from shim.index.model import Archive
 from shim.registry.client import RegistryClient
@@ -199,27 +198,21 @@ class ImageIndexes:
             Path(name).unlink(missing_ok=True)
 
 
-@contextmanager
-def _mapped(file: int | Path) -> Iterator[mmap.mmap]:
-    with open(file, "rb", closefd=not isinstance(file, int)) as opened:
-        try:
-            data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        except (ValueError, OSError) as error:
-            raise IndexFormatError("the index is empty or cannot be read") from error
-        with data:
-            yield data
+def _part(file: int | Path) -> bytes:
+    if isinstance(file, int):
+        return indexfile.part(file)
+    with open(file, "rb") as opened:
+        return indexfile.part(opened.fileno())
 
 
 def archive_of(file: int | Path) -> Archive | None:
     """Where the data are, if an index's are in an archive. Raises IndexFormatError."""
-    with _mapped(file) as data:
-        return codec.archive_of(data)
+    return codec.archive_of(_part(file))
 
 
 def image_of(file: int | Path) -> ImageRef:
     """The image, by its platform's manifest, that an index file is about. Raises IndexFormatError."""
-    with _mapped(file) as data:
-        facts = codec.summary(data)
+    facts = codec.summary(_part(file))
     return ImageRef.parse(facts["image"], local_paths=False).with_digest(facts["digest"])
 
 

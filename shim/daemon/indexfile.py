@@ -56,6 +56,17 @@ def identify(fd: int, known: dict[Identity, str]) -> str:
     return hex_
 
 
+def part(fd: int) -> bytes:
+    """Our part of the index file open at `fd`, read rather than mapped: a file that shrinks must not end the daemon.
+
+    Raises IndexFormatError as `identify`.
+    """
+    try:
+        return b"".join(_pieces(fd, _check_form(fd, os.fstat(fd))))
+    except OSError as error:
+        raise IndexFormatError(f"the index cannot be read: {error.strerror}") from error
+
+
 def keep(fd: int, hex_: str, directory: Path) -> bool:
     """Copy the index at `fd` to `directory`/index.clip, unless it is there; True if it was not.
 

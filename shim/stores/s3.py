@@ -258,15 +258,15 @@ class S3Store:
 
 
 class _ExistsError(StoreError):
-    pass
+    """What is to be written is there already."""
 
 
 class _UnchangedError(StoreError):
-    pass
+    """What is asked for is what the caller has."""
 
 
 class _UnconditionalError(StoreError):
-    pass
+    """The server does not know conditional writes."""
 
 
 def _translate(error: Any, what: str) -> StoreError:
