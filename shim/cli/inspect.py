@@ -23,7 +23,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="say what an index file holds",
         description="Say what an index file holds. Nothing is fetched.",
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="index file")
+    parser.add_argument("file", metavar="FILE", type=Path, help="index or archive")
     parser.add_argument("--tree", action="store_true", help="list the merged tree, one line for each name")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.set_defaults(run=run)

@@ -19,7 +19,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         description="Fetch the image's manifest, config and layers again and compare all with the index, to the byte."
         " Of an archive, or a pointer to one in S3, the data are read and compared.",
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="index file")
+    parser.add_argument("file", metavar="FILE", type=Path, help="index or archive")
     parser.add_argument("--json", action="store_true", help="machine-readable output: image, digest, ok, differences")
     parser.set_defaults(run=run)
 
