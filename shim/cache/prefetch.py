@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from shim.cache.fetch import LazyLayer
@@ -16,6 +17,10 @@ _STRETCH = 4 << 20  # compressed bytes of one request, about
 _GAP = 1 << 20  # compressed bytes that may be thrown away to save a request …
 _WASTE = 1 / 12  # … as long as all of them are no more than this part of what is wanted
 _RECENT = 16  # stretches that may still grow: what is read much later must not hold up what is read now
+
+
+Hold = Callable[[LazyLayer], AbstractContextManager[bool]]
+"""While inside, the layer is not closed; False: it is already."""
 
 
 @dataclass(slots=True)
@@ -68,8 +73,9 @@ class Prefetch:
     is being fetched for a reader, is left out, so nothing is fetched twice and no reader waits for a turn.
     """
 
-    def __init__(self, stretches: Sequence[Stretch]) -> None:
+    def __init__(self, stretches: Sequence[Stretch], hold: Hold) -> None:
         self._stretches = iter(stretches)
+        self._hold = hold
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -86,4 +92,6 @@ class Prefetch:
                 stretch = next(self._stretches, None)
             if stretch is None:
                 return
-            stretch.layer.fetch_ahead(stretch.spans)
+            with self._hold(stretch.layer) as usable:
+                if usable:
+                    stretch.layer.fetch_ahead(stretch.spans)

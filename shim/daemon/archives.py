@@ -16,10 +16,11 @@ from shim.settings import Settings
 from shim.stores import urls
 from shim.stores.s3 import S3Store, options_of
 
+_PUT_BACK = "put it back, or start a container with the archive again"
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-def _note(directory: Path, fd: int) -> None:
+def note(directory: Path, fd: int) -> None:
     """Remember in a tree's directory where its archive was, for a daemon that comes after this one."""
     try:
         name = os.readlink(f"/proc/self/fd/{fd}")
@@ -53,15 +54,14 @@ def _reader(location: str, directory: Path, fd: int | None, settings: Settings) 
         assert isinstance(place, urls.S3Place)  # the index's reader saw to that
         return S3Reader(S3Store(place, options_of(settings["stores.s3"], place.bucket)), place)
     if fd is not None:
-        _note(directory, fd)
         return FileReader(fd)
     try:
         own = os.open((directory / "archive").read_bytes(), _OPEN)
     except OSError as error:
-        raise IndexFormatError(f"the archive is not where it was: {error.strerror}") from error
+        raise IndexFormatError(f"the archive is not where it was: {error.strerror}", hint=_PUT_BACK) from error
     try:
         if not stat.S_ISREG(os.fstat(own).st_mode):
-            raise IndexFormatError("the archive is not where it was")
+            raise IndexFormatError("the archive is not where it was", hint=_PUT_BACK)
         return FileReader(own)
     finally:
         os.close(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 
@@ -34,7 +35,7 @@ class Flights:
         if flight is not mine:
             flight.done.wait()
             if flight.error is not None:
-                raise type(flight.error)(str(flight.error), hint=flight.error.hint)
+                raise copy.copy(flight.error)
             return
         try:
             work()

@@ -12,6 +12,7 @@ from shim.archive import remote
 from shim.archive.convert import convert
 from shim.archive.source import FileReader, S3Reader
 from shim.cache.seed import Seed
+from shim.daemon.indexfile import identity
 from shim.errors import IndexFormatError
 from shim.goclip import files
 from shim.index import codec
@@ -23,7 +24,8 @@ from shim.stores.urls import S3Place
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a Go clip file leads to, and a name of its own: a hash of its index and place."""
+    """What a Go clip file leads to, and a name of its own: a hash of its index and place, and, where the data are in
+    the file itself, of which file it is."""
 
     place: files.S3Place | files.OciPlace | None
     key: str
@@ -36,6 +38,8 @@ def look(path: str) -> Look:
         header = files.read_header(read, size)
         check = sha256(repr(clip.place).encode())
         check.update(read(header.index, header.index_length))
+        if clip.place is None:  # its index says nothing of what its data are: each file has an index of its own
+            check.update(repr(identity(os.stat(path))).encode())
     return Look(clip.place, check.hexdigest())
 
 

@@ -82,16 +82,16 @@ class ImageIndexes:
         """A v1 archive of `image` that this node or a store has, or None. Of one in S3 its index alone comes, which
         says where the data are; from a registry it comes whole."""
         name = archive_name(image)
-        fd = self.local.open(name)
+        fd = self._here(image, name)
         if fd is None:
             self._flights.once(name, lambda: self._bring_archive(image, name))
-            fd = self.local.open(name)
+            fd = self._here(image, name)
         return fd
 
     def _bring_archive(self, image: ImageRef, name: str) -> None:
         for url in self._lookup:
             with self.temporary() as path:
-                if self._try(url, self._archive_in, image, path):
+                if self._try(url, self._archive_in, image, path) and _is_of(path, image, url):
                     self.local.put(name, path, replace=True)
                     return
 
@@ -104,8 +104,8 @@ class ImageIndexes:
                 return store.fetch(archive_name(image), out)
             return self._stores.oci.find_archive(image, out)
 
-    def _here(self, image: ImageRef) -> int | None:
-        fd = self.local.open(name_of(image))
+    def _here(self, image: ImageRef, name: str = "") -> int | None:
+        fd = self.local.open(name or name_of(image))
         if fd is not None and not _is_of(fd, image, self.local.url):
             os.close(fd)
             return None

@@ -114,6 +114,8 @@ class Layers:
             with self._lock:
                 cached = self._served[meta["layers"][0]["blob"]].lazy.cached
             self._access.confirm_archive(cached, place)
+            if not meta["archive"]:  # only what was proved is remembered
+                archives.note(directory, fd)
 
     def release(self, tree: str) -> None:
         """A tree is no longer mounted; its layers stay until the next `sweep`."""
@@ -221,23 +223,19 @@ class Layers:
 
     def record(self, tree: str, meta: dict[str, Any], recording: Recording) -> None:
         """Have the recording told what is read of a tree's layers."""
-        for number, served in enumerate(self._of(meta)):
-            with self._lock:
-                served.record(tree, (recording, number))
+        with self._lock:
+            for number, layer in enumerate(meta["layers"]):
+                self._served[layer["blob"]].record(tree, (recording, number))
 
     def end_recording(self, tree: str) -> None:
         with self._lock:
             for served in self._served.values():
-                if tree in served.recordings:
-                    served.record(tree, None)
+                served.record(tree, None)
 
     def of(self, meta: dict[str, Any]) -> list[LazyLayer]:
         """The layers of a tree that has been added, in its order."""
-        return [served.lazy for served in self._of(meta)]
-
-    def _of(self, meta: dict[str, Any]) -> list[ServedLayer]:
         with self._lock:
-            return [self._served[layer["blob"]] for layer in meta["layers"]]
+            return [self._served[layer["blob"]].lazy for layer in meta["layers"]]
 
     def discard(self, tree: str) -> None:
         """A tree is no longer mounted: its layers go when the kernel has closed them (`sweep`)."""
@@ -261,6 +259,8 @@ class Layers:
                 self._cache.close_layer(served.lazy.cached)
                 served.spans.close()
                 log.debug("layer no longer served", layer=name)
+            except Exception:  # noqa: BLE001  the others are still to be closed, and nobody may wait for this one
+                log.exception("a layer could not be closed", layer=name)
             finally:
                 with self._settled:
                     self._pending.discard(name)

@@ -98,6 +98,7 @@ class Plan:
         if fd is None:
             raise AbsentError(f"no archive of {image or 'the image'} is known", hint="see `clip-shim build --help`")
         try:
+            self._resolver.check(request.source, fd)
             return self._trees.acquire((fd, fd), step=("archive", reason))
         finally:
             os.close(fd)
@@ -113,6 +114,7 @@ class Plan:
                 other = None if image is None else self._indexes.find(image)
                 if other is not None:
                     with open(other, "rb"):
+                        self._resolver.check(request.source, other)
                         if _hash(other) != _hash(files[0]):
                             log.info("another index of the image is used", image=str(image))
                             return self._whole((other, other), step)

@@ -87,14 +87,14 @@ class Resolver:
                 index = fd
             else:
                 own.append(index)
-            self._check(source, index)
+            self.check(source, index)
             yield index, fd
         finally:
             for each in own:
                 os.close(each)
 
-    def _check(self, source: str, index: int) -> None:
-        """Where an index says its data are is as much a lead as the reference itself."""
+    def check(self, source: str, index: int) -> None:
+        """Where an index says its data are is as much a lead as the reference itself. Raises TrustError."""
         archive = archive_of(index)
         if archive is not None:
             if archive.location:
@@ -210,12 +210,18 @@ class Resolver:
 
     def _by_hash(self, digest: str) -> int | None:
         fd = self.indexes.by_name(f"{digest.replace(':', '-')}.clip")
-        if fd is not None:
+        if fd is None:
+            return None
+        try:
             with open(os.dup(fd), "rb") as file:
                 actual = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
             if actual != digest:
-                os.close(fd)
-                raise IntegrityError(f"a store has {actual} under the name of {digest}")
+                raise IntegrityError(
+                    f"a store has {actual} under the name of {digest}", hint="remove it from the store, push it again"
+                )
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shim.cache.fetch import LazyLayer
 from shim.cache.prefetch import Prefetch, plan
 from shim.daemon.layers import Layers
 from shim.daemon.profile import Profile, Recorder, read_profile
@@ -28,9 +32,15 @@ class StartProfiles:
         layers = self._layers.of(meta)
         profile = read_profile(directory, [layer.spans.count for layer in layers])
         if profile:
-            Prefetch(plan(layers, profile)).start()
+            Prefetch(plan(layers, profile), self._hold).start()
         else:
             self._layers.record(tree, meta, self._recorder.begin(tree, directory))
+
+    @contextmanager
+    def _hold(self, layer: LazyLayer) -> Iterator[bool]:
+        """Nobody closes a layer while it is held; False: it is served no longer."""
+        with self._layers.held(os.fsdecode(layer.name)) as served:
+            yield served is not None and served.lazy is layer
 
     def current(self, tree: str, meta: dict[str, Any] | None) -> Profile:
         """What was recorded so far, or is kept; () for nothing. meta: of the mounted tree, None if it is not."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from shim.cache.prefetch import Prefetch, plan
 from shim.daemon.profile import SECONDS, Recorder, read_profile, write_profile
 from shim.errors import RegistryError
 from tests.support.fetchbench import SIZE, Clock, Make, make, runs
+from tests.support.host import wait_for
 from tests.support.lazylayers import sample_layer
 
 __all__ = ["make"]
@@ -102,10 +105,26 @@ def test_plan_spends_little_on_gaps(make: Make) -> None:
 def test_prefetch_works_the_plan_off(make: Make) -> None:
     bench = make()
     wanted = [runs(bench.sample)[i] for i in (40, 3, 17, 28)]
-    Prefetch(plan([bench.lazy], [(0, span) for span in wanted])).start()
+    Prefetch(plan([bench.lazy], [(0, span) for span in wanted]), lambda _: nullcontext(True)).start()
     for span in wanted:
         bench.check(bench.sample.spans.ustart(span), 100)
     assert len(bench.source.requests) == 4
+
+
+def test_prefetch_leaves_a_layer_alone_that_is_served_no_longer(make: Make) -> None:
+    bench = make()
+    asked: list[object] = []
+
+    @contextmanager
+    def gone(layer: object) -> Iterator[bool]:
+        asked.append(layer)
+        yield False
+
+    prefetch = Prefetch(plan([bench.lazy], [(0, 0)]), gone)
+    prefetch.start()
+    wait_for("the plan is worked off", lambda: not any(t.name.startswith("prefetch-") for t in threading.enumerate()))
+    assert asked == [bench.lazy]
+    assert bench.source.requests == []
 
 
 def test_profiles_on_disk(tmp_path: Path) -> None:
