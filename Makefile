@@ -69,7 +69,7 @@ $(VENV)/.installed: $(HERE)/pyproject.toml $(HERE)/packaging/install-deps.sh
 		[[ $$python != none ]] || { echo "clip-shim needs Python 3.11 or newer in /usr/bin" >&2; exit 1; }; \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			"$$python" -m venv '$(VENV)'; break; fi; done
-	@'$(VENV)/bin/python' -m pip install --quiet --disable-pip-version-check -e '$(HERE)[dev]'
+	@'$(VENV)/bin/python' -m pip install --quiet --disable-pip-version-check -e '$(HERE)[dev]' --config-settings editable_mode=compat
 	@touch '$@'
 
 .PHONY: clean

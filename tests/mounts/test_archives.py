@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from fastcrc import crc64
 
 from shim.goclip import files, write
 from shim.index import container
@@ -177,6 +178,23 @@ def test_go_clips_archive(host: Host) -> None:
     host.clip("extract", file, out)
     assert content(out) == EXPECTED
     assert [path.name for path in (host.base / "state/indexes/archives").iterdir()]
+
+
+def test_a_forged_copy_harms_nobody(host: Host) -> None:
+    """Its index is that of the real archive, byte for byte, and its CRCs are right: only the data are others."""
+    data = bytearray((GO / "v1-local.clip").read_bytes())
+    clip = files.read(lambda at, length: bytes(data[at : at + length]), len(data))
+    node = max((node for node in clip.nodes if node.kind == "file"), key=lambda node: node.size)
+    end = node.data + node.size
+    data[node.data : end] = bytes(byte ^ 1 for byte in data[node.data : end])
+    data[end : end + 8] = crc64.go_iso(bytes(data[node.data : end])).to_bytes(8, "big")
+    forged, real = host.base / "forged.clip", host.base / "real.clip"
+    forged.write_bytes(data)
+    shutil.copy(GO / "v1-local.clip", real)
+    with mounted(host, forged) as root:
+        assert content(root) != EXPECTED
+    with mounted(host, real) as root:
+        assert content(root) == EXPECTED
 
 
 def test_go_clips_archive_in_s3(host: Host, s3: S3) -> None:
