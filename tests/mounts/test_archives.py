@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -226,6 +227,31 @@ def test_go_clips_index(host: Host, registry: Registry) -> None:
     with mounted(host, foreign) as root:
         check("odd", root)
         assert fetched(host) == 0
+
+
+WORKER = """
+import os, sys
+from shim import api
+image, file, store, where = sys.argv[1:]
+api.create_archive(image_ref=image, output_path=file)
+for what in (file, api.push(file, store + "by-hand.clip")):
+    api.mount_archive(what, where)
+    print(sorted(os.listdir(where)))
+    api.unmount(where)
+print(api.build(image, store).kind)
+"""
+
+
+def test_a_build_worker(host: Host, registry: Registry, s3: S3) -> None:
+    """The Python API in a process of its own: archive, mount from the file and from S3, build to S3."""
+    where = host.base / "worker"
+    where.mkdir()
+    arguments = [f"{registry.host}/small:latest", host.base / "worker.clip", f"s3://{s3.bucket}/worker/", where]
+    done = host.output(sys.executable, "-c", WORKER, *arguments)
+    from_file, from_s3, kind = done.splitlines()
+    assert from_file == from_s3 == str(sorted(path.name for path in expected.tree(images.image("small")).iterdir()))
+    assert kind == "index"
+    assert list(where.iterdir()) == []
 
 
 def test_damage_is_found(host: Host, registry: Registry) -> None:
