@@ -52,17 +52,14 @@ def digests(image: str, state: Path) -> Iterator[tuple[str, str]]:
     """(digest, name) of what a person means. Raises UsageError: there is no such file, and no such image is kept."""
     from shim.daemon.prepare import read_meta
     from shim.errors import UsageError
-    from shim.index.codec import read_index
+    from shim.index import codec
 
     if _DIGEST.fullmatch(image):
         yield image, ""
         return
     if Path(image).is_file():
-        import hashlib
-
-        name = read_index(Path(image)).image  # raises IndexFormatError: it is none
-        with open(image, "rb") as file:
-            yield f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}", name
+        data = codec.read_file(Path(image))
+        yield codec.index_digest(data), codec.decode(data).image  # raises IndexFormatError: it is none
         return
     found = False
     for directory in sorted((state / "trees").glob("?" * 64)):
