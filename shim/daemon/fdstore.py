@@ -1,6 +1,7 @@
 """The receiving end of sd_notify(3), as systemd has it: what a server says, and the descriptors that it leaves here.
 
-Understood: READY=1, WATCHDOG=1, FDSTORE=1 with FDNAME=, FDSTOREREMOVE=1 with FDNAME=. Standard library only.
+Understood: READY=1, WATCHDOG=1, FDSTORE=1 with FDNAME=, FDSTOREREMOVE=1 with FDNAME=, and of our own
+`notify.leave_witness`. Standard library only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import socket
 import struct
 import time
 from pathlib import Path
+
+from shim.daemon import notify
 
 MAX_FDS = 16
 _MAX_MESSAGE = 4096
@@ -30,6 +33,7 @@ class FdStore:
         self.fds = {name: fds[0] for name, fds in inherited.items()}
         self.ready = False  # the server has said so
         self.last_ping = 0.0  # monotonic time of its last WATCHDOG=1
+        self.witness = -1  # readable when it is dead, reaped or not; -1: it has sent none
         self._path = run_dir / f"notify-{os.getpid()}.sock"
         self._directory = os.open(run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         for left in run_dir.glob("notify-*.sock"):
@@ -54,6 +58,9 @@ class FdStore:
         """A server is about to be started."""
         self.ready = False
         self.last_ping = time.monotonic()
+        if self.witness >= 0:
+            os.close(self.witness)
+            self.witness = -1
 
     def receive(self, server: int) -> None:
         """Take in all messages that `server`, a process id, has sent. Never blocks."""
@@ -83,6 +90,8 @@ class FdStore:
             self.ready = True
         if said.get("WATCHDOG") == "1":
             self.last_ping = time.monotonic()
+        if said.get(notify.WITNESS) == "1" and fds and self.witness < 0:
+            self.witness = fds.pop(0)
         if said.get("FDSTOREREMOVE") == "1" and name in self.fds:
             os.close(self.fds.pop(name))
         if said.get("FDSTORE") == "1" and fds and ":" not in name and len(self.fds) < MAX_FDS:

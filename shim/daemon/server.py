@@ -55,6 +55,7 @@ def serve(settings: Settings) -> int:
     faulthandler.register(signal.SIGUSR1)
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     stop = _stop_requests()
+    notify.leave_witness()
     try:
         daemon = _make(settings)
     except ShimError as error:

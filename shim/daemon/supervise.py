@@ -22,6 +22,7 @@ _READY_DELAYS = (0.01, 0.25)  # seconds before a server that did serve is starte
 _DELAYS = (0.05, 5.0)  # the same for one that never served
 _GOOD_RUN = 5.0  # seconds after which a crash is the first again: the successor is started at once
 _LOOK_SECONDS = 1.0
+_SETTLE_SECONDS = 0.02  # a dead server is reaped by then, or hangs
 _WATCHDOG_SECONDS = 60.0
 _LOG_MAX = 8 << 20  # bytes; an older log is kept as daemon.log.1
 _LOG_NAME = "daemon.log"
@@ -46,7 +47,8 @@ class Supervisor:
 
     The successor of a killed server is started without waiting until that is reaped: a thread of it may hang in the
     kernel until somebody answers, and that is the successor. So whoever is dead but for that counts as ended
-    (`is_corpse`). Orphans of servers, jobs that die with them, become our children and are reaped here.
+    (`is_corpse`); `notify.leave_witness` is how we hear of it at once. Orphans of servers, jobs that die with them,
+    become our children and are reaped here.
     """
 
     def __init__(self, arguments: list[str], run_dir: Path) -> None:
@@ -85,7 +87,7 @@ class Supervisor:
                 self._renew()
             if self._ending or code == 2 or (first and code == 1):  # 2: a wrong configuration does not mend itself
                 return self._end(code)
-            first = False
+            first = first and code is None and not self._store.ready  # it may have failed: the next one says
             low, high = _READY_DELAYS if self._store.ready else _DELAYS
             good = code == 0 or (self._store.ready and time.monotonic() - started > _GOOD_RUN)
             delay = 0.0 if good else min(max(delay * 2, low), high)
@@ -130,18 +132,27 @@ class Supervisor:
         poll.register(self._wake, select.POLLIN)
         poll.register(self._store.socket, select.POLLIN)
         told = killed = False
+        witness, look = -1, _LOOK_SECONDS
         while True:
-            quiet = not poll.poll(_LOOK_SECONDS * 1000)
+            events = poll.poll(look * 1000)
+            if look < _LOOK_SECONDS:
+                look = min(look * 2, _LOOK_SECONDS)
+            if any(fd == witness for fd, _ in events):
+                poll.unregister(witness)  # it stays readable
+                look = _SETTLE_SECONDS
             self._read_signals()
             if (self._ending or self._renewing) and not told:
                 told = True
                 os.kill(pid, signal.SIGTERM)
             self._store.receive(pid)
+            if witness < 0 and self._store.witness >= 0:
+                witness = self._store.witness
+                poll.register(witness, select.POLLIN)
             code = _reap(pid)
             if code is not None:
                 self._store.receive(pid)
                 return code
-            if quiet:
+            if not events:
                 self._trim()
                 if is_corpse(pid):
                     self._store.receive(pid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,3 +135,25 @@ def test_sockets_of_dead_supervisors_are_removed(tmp_path: Path) -> None:
     FdStore(tmp_path, {}).close()
     assert not dead.exists()
     assert alive.exists()
+
+
+def test_a_witness_dies_with_its_process(store: FdStore) -> None:
+    code = (
+        "import os, sys; from shim.daemon import notify; "
+        "os.environ[notify.SUPERVISOR] = str(os.getppid()); notify.leave_witness(); "
+        "sys.stdout.write('left\\n'); sys.stdout.flush(); sys.stdin.read()"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "left\n"
+    store.receive(child.pid)
+    poll = select.poll()
+    poll.register(store.witness, select.POLLIN)
+    assert poll.poll(0) == []
+    assert not os.get_inheritable(store.witness)
+    child.kill()
+    assert poll.poll(10_000)
+    child.wait(10)
+    store.started()
+    assert store.witness == -1
+    assert store.fds == {}
