@@ -13,8 +13,6 @@ from shim import log
 from shim.daemon import indexfile, indexjobs, jobs
 from shim.daemon.flights import Flights
 from shim.errors import ShimError, StoreError
-from shim.index import codec
-from shim.index.model import Archive
 from shim.registry.client import RegistryClient
 from shim.registry.ref import ImageRef
 from shim.settings import Settings
@@ -52,6 +50,14 @@ class ImageIndexes:
         for left in self._making.iterdir():
             left.unlink(missing_ok=True)
         self._flights = Flights()
+        self._known: dict[indexfile.Identity, indexfile.Head] = {}  # so that a hot start reads no index
+
+    def identify(self, file: int | Path) -> indexfile.Head:
+        """What an index file, open or a finished one of ours, is. Raises IndexFormatError."""
+        if isinstance(file, int):
+            return indexfile.identify(file, self._known)
+        with open(file, "rb") as opened:
+            return indexfile.identify(opened.fileno(), self._known)
 
     def get(self, image: ImageRef, announce: Announce) -> int:
         """A descriptor of the index of `image` (by its platform's manifest): from a store, or made now."""
@@ -91,7 +97,7 @@ class ImageIndexes:
     def _bring_archive(self, image: ImageRef, name: str) -> None:
         for url in self._lookup:
             with self.temporary() as path:
-                if self._try(url, self._archive_in, image, path) and _is_of(path, image, url):
+                if self._try(url, self._archive_in, image, path) and self._is_of(path, image, url):
                     self.local.put(name, path, replace=True)
                     return
 
@@ -106,16 +112,28 @@ class ImageIndexes:
 
     def _here(self, image: ImageRef, name: str = "") -> int | None:
         fd = self.local.open(name or name_of(image))
-        if fd is not None and not _is_of(fd, image, self.local.url):
+        if fd is not None and not self._is_of(fd, image, self.local.url):
             os.close(fd)
             return None
         return fd
+
+    def _is_of(self, file: int | Path, image: ImageRef, store: str) -> bool:
+        """Whether an index that a store gave is that of `image`."""
+        try:
+            found = self.identify(file).ref
+        except ShimError as error:
+            log.warning("a store has something else than an index", store=store, image=str(image), error=str(error))
+            return False
+        if (found.name, found.digest) == (image.name, image.digest):
+            return True
+        log.warning("a store has the index of another image", store=store, image=str(image), found=str(found))
+        return False
 
     def _bring(self, image: ImageRef) -> None:
         """Keep the index of `image` here too, from the first store that has it."""
         for url in self._lookup:
             with self.temporary() as path:
-                if self._try(url, self._find_in, image, path) and _is_of(path, image, url):
+                if self._try(url, self._find_in, image, path) and self._is_of(path, image, url):
                     self._keep_here(image, path)
                     return
 
@@ -196,34 +214,3 @@ class ImageIndexes:
             yield Path(name)
         finally:
             Path(name).unlink(missing_ok=True)
-
-
-def _part(file: int | Path) -> bytes:
-    if isinstance(file, int):
-        return indexfile.part(file)
-    with open(file, "rb") as opened:
-        return indexfile.part(opened.fileno())
-
-
-def archive_of(file: int | Path) -> Archive | None:
-    """Where the data are, if an index's are in an archive. Raises IndexFormatError."""
-    return codec.archive_of(_part(file))
-
-
-def image_of(file: int | Path) -> ImageRef:
-    """The image, by its platform's manifest, that an index file is about. Raises IndexFormatError."""
-    facts = codec.summary(_part(file))
-    return ImageRef.parse(facts["image"], local_paths=False).with_digest(facts["digest"])
-
-
-def _is_of(file: int | Path, image: ImageRef, store: str) -> bool:
-    """Whether an index that a store gave is that of `image`."""
-    try:
-        found = image_of(file)
-    except ShimError as error:
-        log.warning("a store has something else than an index", store=store, image=str(image), error=str(error))
-        return False
-    if (found.name, found.digest) == (image.name, image.digest):
-        return True
-    log.warning("a store has the index of another image", store=store, image=str(image), found=str(found))
-    return False

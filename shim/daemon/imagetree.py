@@ -7,15 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from shim.daemon.indexfile import Head
 from shim.daemon.portable import PortableTree
 from shim.errors import ShimError
 
 Fill = Callable[[list[str], float], None]
 """Has the blob files of these names in the cache by that time (monotonic)."""
 
-Files = tuple[int, int]
-"""Descriptors of an index file, and of the archive that it is about if that is a local one (often the same file)."""
 LAZY = ("lazy", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """An index that may be used, and descriptors: of its file, and of the archive that it is about if that is a local
+    one (often the same file). What was judged is `head`: the file may be a tenant's, and change at any time."""
+
+    head: Head
+    index: int
+    archive: int
 
 
 @dataclass(slots=True)

@@ -12,12 +12,14 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from shim.cache import discard
 from shim.errors import CacheError, IndexFormatError
-from shim.index import container
+from shim.index import codec, container
+from shim.registry.ref import ImageRef
 
 Identity = tuple[int, int, int, int, int]
 
@@ -27,13 +29,30 @@ _KNOWN = 4096
 _SETTLED_NS = 2 * 10**9  # a file changed later than this before now can change again without new times
 
 
-def identify(fd: int, known: dict[Identity, str]) -> str:
-    """The hex of the SHA-256 of the index file open at `fd`, of our part of it.
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What an index file says it is, and the hash of the very bytes that say so.
 
-    Raises IndexFormatError: it is none, or cannot be read.
+    hex: SHA-256 of our part of the file. image, digest: as in Index. archive: where the data are, if in an archive.
+    """
 
-    known: identities of files hashed before, which is added to. A file is remembered only when it has been left alone
-    for a while, since within one tick of the file system's clock it may change and keep its times.
+    hex: str
+    image: str
+    digest: str
+    archive: str | None
+
+    @property
+    def ref(self) -> ImageRef:
+        """The image, by its platform's manifest. Raises ImageReferenceError."""
+        return ImageRef.parse(self.image, local_paths=False).with_digest(self.digest)
+
+
+def identify(fd: int, known: dict[Identity, Head]) -> Head:
+    """The head of the index file open at `fd`, which is read rather than mapped: one that shrinks must not end the
+    daemon. Raises IndexFormatError: it is none, is damaged, or cannot be read.
+
+    known: files read before, which is added to. A file is remembered only when it has been left alone for a while,
+    since within one tick of the file system's clock it may change and keep its times.
     """
     try:
         info = os.fstat(fd)
@@ -41,30 +60,18 @@ def identify(fd: int, known: dict[Identity, str]) -> str:
         found = known.get(now)
         if found is not None:
             return found
-        start = _check_form(fd, info)
-        hasher = sha256()
-        for piece in _pieces(fd, start):
-            hasher.update(piece)
-        hex_ = hasher.hexdigest()
+        data = b"".join(_pieces(fd, _check_form(fd, info)))
+        index = codec.decode(data, tree=False, spans=False)
+        archive = None if index.archive is None else index.archive.location
+        head = Head(sha256(data).hexdigest(), index.image, index.digest, archive)
         settled = time.time_ns() - max(info.st_mtime_ns, info.st_ctime_ns) > _SETTLED_NS
         if settled and identity(os.fstat(fd)) == now:
             if len(known) >= _KNOWN:
                 known.clear()
-            known[now] = hex_
+            known[now] = head
     except OSError as error:
         raise IndexFormatError(f"the index cannot be read: {error.strerror}") from error
-    return hex_
-
-
-def part(fd: int) -> bytes:
-    """Our part of the index file open at `fd`, read rather than mapped: a file that shrinks must not end the daemon.
-
-    Raises IndexFormatError as `identify`.
-    """
-    try:
-        return b"".join(_pieces(fd, _check_form(fd, os.fstat(fd))))
-    except OSError as error:
-        raise IndexFormatError(f"the index cannot be read: {error.strerror}") from error
+    return head
 
 
 def keep(fd: int, hex_: str, directory: Path) -> bool:

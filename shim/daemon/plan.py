@@ -8,7 +8,6 @@ eager     all layers are fetched whole into the cache, then the same mount; an i
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 
@@ -98,8 +97,7 @@ class Plan:
         if fd is None:
             raise AbsentError(f"no archive of {image or 'the image'} is known", hint="see `clip-shim build --help`")
         try:
-            self._resolver.check(request.source, fd)
-            return self._trees.acquire((fd, fd), step=("archive", reason))
+            return self._trees.acquire(self._resolver.checked(request.source, fd, fd), step=("archive", reason))
         finally:
             os.close(fd)
 
@@ -111,13 +109,13 @@ class Plan:
         trouble: ShimError | None = None
         try:
             with self._resolver.open(request.source, request.value, request.fd, request.announce) as files:
-                other = None if image is None else self._indexes.find(image)
-                if other is not None:
-                    with open(other, "rb"):
-                        self._resolver.check(request.source, other)
-                        if _hash(other) != _hash(files[0]):
+                fd = None if image is None else self._indexes.find(image)
+                if fd is not None:
+                    with open(fd, "rb"):
+                        other = self._resolver.checked(request.source, fd, fd)
+                        if other.head.hex != files.head.hex:
                             log.info("another index of the image is used", image=str(image))
-                            return self._whole((other, other), step)
+                            return self._whole(other, step)
                 return self._whole(files, step)
         except (IndexFormatError, IntegrityError, LayerError) as error:
             if image is None:
@@ -125,12 +123,7 @@ class Plan:
             trouble = error
         log.warning("the index is wrong: making another", image=str(image), error=str(trouble))
         with open(self._indexes.remake(image), "rb") as made:
-            return self._whole((made.fileno(), made.fileno()), step)
+            return self._whole(self._resolver.checked(request.source, made.fileno(), made.fileno()), step)
 
     def _whole(self, files: Files, step: tuple[str, str]) -> Lease:
         return self._trees.acquire(files, seconds=self._settings["image_deadline"], fill=self._eager.fill, step=step)
-
-
-def _hash(fd: int) -> bytes:
-    with open(os.dup(fd), "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

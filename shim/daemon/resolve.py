@@ -22,7 +22,8 @@ from shim import log
 from shim.daemon import indexjobs, jobs
 from shim.daemon.flights import Flights
 from shim.daemon.foreign import ForeignFiles
-from shim.daemon.imageindexes import Announce, ImageIndexes, archive_of, image_of
+from shim.daemon.imageindexes import Announce, ImageIndexes
+from shim.daemon.imagetree import Files
 from shim.daemon.trust import Trust, registry_client
 from shim.errors import (
     AbsentError,
@@ -70,9 +71,9 @@ class Resolver:
             directory.mkdir(mode=0o700, exist_ok=True)
 
     @contextmanager
-    def open(self, source: str, value: str, fd: int | None, announce: Announce) -> Iterator[tuple[int, int]]:
-        """Descriptors, closed at the end: of the native index that `value` leads to, and of the file that it was made
-        from, which is the archive if it is the index of a local one.
+    def open(self, source: str, value: str, fd: int | None, announce: Announce) -> Iterator[Files]:
+        """The native index that `value` leads to, with the file that it was made from, which is the archive if it is
+        the index of a local one. What is open is closed at the end.
 
         source: where the value stood ("annotation", "bundle", "marker", "env", "mount"). fd: the file, if the wrapper
         opened one. Raises TrustError when the value leads where its source may not, and ShimError.
@@ -87,22 +88,25 @@ class Resolver:
                 index = fd
             else:
                 own.append(index)
-            self.check(source, index)
-            yield index, fd
+            yield self.checked(source, index, fd)
         finally:
             for each in own:
                 os.close(each)
 
-    def check(self, source: str, index: int) -> None:
-        """Where an index says its data are is as much a lead as the reference itself. Raises TrustError."""
-        archive = archive_of(index)
-        if archive is not None:
-            if archive.location:
-                place = urls.parse(archive.location)
-                assert isinstance(place, S3Place)
-                self._trust.check_store(source, place)
-        elif self._trust.is_narrowed(source):
-            self._trust.check_registry(source, image_of(index))
+    def checked(self, source: str, index: int, archive: int) -> Files:
+        """The open index, if it may be used: where it says its data are is as much a lead as the reference itself.
+
+        Raises TrustError, IndexFormatError.
+        """
+        head = self.indexes.identify(index)
+        if head.archive is None:
+            if self._trust.is_narrowed(source):
+                self._trust.check_registry(source, head.ref)
+        elif head.archive:
+            place = urls.parse(head.archive)
+            assert isinstance(place, S3Place)
+            self._trust.check_store(source, place)
+        return Files(head, index, archive)
 
     def image(self, source: str, value: str, fd: int | None) -> ImageRef | None:
         """The image that a value is about, by its platform's manifest, also where its index cannot be used; None: that
@@ -111,10 +115,10 @@ class Resolver:
             if value.startswith(_IMAGE):
                 found = self._pin(ImageRef.parse(value[len(_IMAGE) :], local_paths=False))
             elif fd is not None:
-                found = image_of(fd)
+                found = self.indexes.identify(fd).ref
             else:
-                with self.open(source, value, None, lambda _: None) as (index, _):
-                    return image_of(index)
+                with self.open(source, value, None, lambda _: None) as files:
+                    return files.head.ref
         except (IndexFormatError, RegistryError, StoreError):
             return None
         self._trust.check_registry(source, found)

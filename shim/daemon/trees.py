@@ -53,7 +53,6 @@ class Trees:
         self._closing = False
         self._trees: dict[str, ImageTree] = {}
         self._leaving: list[PortableTree] = []  # unmounted, but somebody else still has a mount of it
-        self._known: dict[indexfile.Identity, str] = {}  # index file → hex, so that a hot start hashes nothing
         self._tier: tuple[str, str] | None = None
         self._tier_lock = threading.Lock()
         self._state = settings.state_dir / "trees"
@@ -85,15 +84,14 @@ class Trees:
     def acquire(
         self, files: Files, *, seconds: float | None = None, fill: Fill | None = None, step: tuple[str, str] = LAZY
     ) -> Lease:
-        """A lease on the mounted tree of an index file. Raises ShimError; nothing is left half made.
+        """A lease on the mounted tree of an index. Raises ShimError; nothing is left half made.
 
         seconds: how long it may take, by default nine tenths of `mount_deadline`, and no longer unless there is a fill.
         fill: brings the layers that are served into the cache before the mount. step: of `fallback`, and why.
         """
         timings: dict[str, float] = {}
         started = time.monotonic()
-        hex_ = indexfile.identify(files[0], self._known)
-        timings["index"] = _ms(started)
+        hex_ = files.head.hex
         with self._lock:
             if self._closing:
                 raise DaemonError("the daemon is stopping", hint="try again: the next container starts another")
@@ -103,7 +101,7 @@ class Trees:
             usual = _SHARE * self._settings["mount_deadline"]
             share = usual if seconds is None else seconds if fill is not None else min(seconds, usual)
             meta = self._ensure_mounted(tree, files, started, started + share, timings, fill, step)
-            self._layers.confirm_archive(meta, self._state / hex_, files[1])
+            self._layers.confirm_archive(meta, self._state / hex_, files.archive)
         except BaseException:
             self._release(tree)
             raise
@@ -227,18 +225,18 @@ class Trees:
         """The meta of a prepared tree, its layers served. What was kept and is damaged is made again, once."""
         directory = self._state / tree.hex
         while True:
-            fresh = indexfile.keep(files[0], tree.hex, directory)
+            fresh = indexfile.keep(files.index, tree.hex, directory)
             meta = None if fresh else prepare.read_meta(directory)
             try:
                 if meta is not None:
-                    self._serve_layers(tree, meta, directory, files[1])
+                    self._serve_layers(tree, meta, directory, files.archive)
                     return meta
                 log.info("preparing a tree", index=tree.hex)
                 prepare.begin(directory)
                 shape = jobs.Started(_left(end), prepare.prepare_tree, str(directory), tier != "fuse")
                 try:
                     meta = jobs.run(_left(end), prepare.prepare_layers, str(directory))
-                    self._serve_layers(tree, meta, directory, files[1])
+                    self._serve_layers(tree, meta, directory, files.archive)
                 finally:
                     shape.wait()
                 meta |= shape.result()
