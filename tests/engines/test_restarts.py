@@ -59,18 +59,26 @@ def kill(process: subprocess.Popen[bytes] | None) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize("how", ["stopped", "killed", "killed, live-restore"])
+# each time it starts it writes, and reads when it is told to
+BOX = "echo kept >> /kept; until [ -e /go ]; do sleep 0.1; done; sha256sum /data/noise.bin > /sum; sleep 1000"
+
+
+@pytest.mark.parametrize("how", ["stopped", "stopped, live-restore", "killed", "killed, live-restore"])
 def test_dockerd(host: Host, small: str, how: str) -> None:
+    """With live-restore a container runs on without dockerd, and fetches what it reads."""
     live = how.endswith("live-restore")
     with Docker(host, options=["--live-restore"] if live else []) as docker:
         docker.pull(small)
-        docker.run("-d", "--name", "box", "--stop-signal=KILL", small, "sh", "-c", "echo kept >> /kept; sleep 1000")
+        docker.run("-d", "--name", "box", "--stop-signal=KILL", small, "sh", "-c", BOX)
         wait_for("it has written", lambda: docker.call("exec", "box", "cat", "/kept", check=False).returncode == 0)
-        if how == "stopped":
+        pid = docker.inspect("box")["State"]["Pid"]
+        if how.startswith("stopped"):
             assert docker.process is not None
             assert stop(docker.process)
         else:
             kill(docker.process)
+        if live:
+            reads_on(host, Path(f"/proc/{pid}/root"))
         docker.start()
         if live:
             assert docker.inspect("box")["State"]["Running"]
@@ -83,6 +91,42 @@ def test_dockerd(host: Host, small: str, how: str) -> None:
         wait_for("it has written again", lambda: docker.output("exec", "box", "cat", "/kept") == "kept\nkept")
         assert len(host.clip_overlays()) == 1
         docker.call("rm", "-f", "box")
+        assert not docker.output("ps", "-aq")
+
+
+def test_a_container_ends_without_dockerd(host: Host, small: str) -> None:
+    with Docker(host, options=["--live-restore"]) as docker:
+        docker.pull(small)
+        for name in ("removed", "started"):
+            docker.run("-d", "--name", name, small, "sh", "-c", "echo kept >> /kept; sleep 1000")
+        pids = [docker.inspect(name)["State"]["Pid"] for name in ("removed", "started")]
+        roots = [Path(f"/proc/{pid}/root") for pid in pids]
+        wait_for("both have written", lambda: all((root / "kept").exists() for root in roots))
+        assert docker.process is not None
+        assert stop(docker.process)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        docker.start()
+        wait_for("dockerd knows it", lambda: not docker.output("ps", "-q"))
+        docker.call("rm", "removed")
+        docker.call("start", "started")
+        wait_for("it has written again", lambda: docker.output("exec", "started", "cat", "/kept") == "kept\nkept")
+        docker.call("rm", "-f", "started")
+
+
+def reads_on(host: Host, root: Path) -> None:
+    """`BOX` reads what neither the cache nor the kernel has."""
+    host.clip("cache", "clean", "--max-bytes", "0")
+    Path("/proc/sys/vm/drop_caches").write_text("1")
+    before = fetched(host)
+    (root / "go").touch()
+    wait_for("it has read", lambda: (root / "sum").exists() and (root / "sum").read_text())
+    assert (root / "sum").read_text().split()[0] == digest()
+    assert fetched(host) - before > 3_000_000
+
+
+def fetched(host: Host) -> int:
+    return sum(layer["fetched_bytes"] for layer in host.status()["layers"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
