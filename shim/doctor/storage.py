@@ -122,7 +122,7 @@ def uppers(node: Node) -> Iterator[Result]:
             "move the engine's data directory to a disk (Docker: `data-root`, containerd: `root`, podman: `graphroot`)",
         )
     roots = [Path(path) for path in _ENGINE_ROOTS]
-    for process in running.find("dockerd"):
+    for process in (process for process in running.find("dockerd") if process.root == Path("/")):
         try:
             roots.append(Path(running.get_json(docker.socket_of(process), "info")["DockerRootDir"]))
         except (ShimError, KeyError, TypeError):

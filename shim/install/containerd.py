@@ -39,8 +39,8 @@ def install(config: Path, runtime: Runtime, *, force: bool) -> Plan:
     main = TomlFile(config, before if before is not None else _new(version))
     number = _number(main, before is None)
     notes = []
-    disabled = main.get("disabled_plugins") or []
-    if any(name in disabled for name in ("cri", _CRI[2], _CRI[number])):
+    disabled = main.get("disabled_plugins")
+    if isinstance(disabled, list) and any(name in disabled for name in ("cri", _CRI[2], _CRI[number])):
         notes.append(f"`disabled_plugins` in {config} switches the CRI plugin off, and with it every runtime handler")
     target, file, old = config, main, before
     drop_in = _drop_in(config, main, version)
@@ -136,13 +136,23 @@ def users(config: Path, runtime: Runtime) -> list[str]:
 
 
 def installed_version(program: str = PROGRAM) -> tuple[int, int] | None:
-    """(major, minor) of the containerd that runs, or of that on PATH."""
-    processes = running.find(PROGRAM)
-    path = f"/proc/{processes[0].pid}/exe" if processes else _which(program)
+    """(major, minor) of the containerd that runs, or of that on PATH.
+
+    One that runs in another mount namespace may be a container's, and its program is not one for us to run.
+    """
+    paths = [process.executable for process in running.find(PROGRAM) if process.root == Path("/")]
+    path = next((path for path in paths if _is_roots(path)), None) or _which(program)
     if path is None:
         return None
     match = re.search(r"\bv?(\d+)\.(\d+)\.\d+", _output([path, "--version"]) or "")
     return (int(match[1]), int(match[2])) if match else None
+
+
+def _is_roots(path: str) -> bool:
+    try:
+        return os.stat(path).st_uid in (0, os.geteuid())
+    except OSError:
+        return False
 
 
 def _which(program: str) -> str | None:
@@ -175,9 +185,9 @@ def _number(file: TomlFile, new: bool) -> int:
             f'[plugins."{_CRI[2]}"] for [plugins.cri], and "{_CRI[2]}" in `disabled_plugins`; '
             "or start from `containerd config default`",
         )
-    if number not in _CRI or isinstance(number, bool):
+    if type(number) is not int or number not in _CRI:
         raise InstallError(f"{file.path} is a configuration of version {number!r}; 2, 3 and 4 are known")
-    return int(number)
+    return number
 
 
 def _path(number: int) -> tuple[str, ...]:

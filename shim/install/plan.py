@@ -68,7 +68,7 @@ class Change:
                 _sync(target.parent)
                 return None
             target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.clip-{os.getpid()}")
+            temporary = _aside(target) / f".{target.name}.clip-{os.getpid()}"
             try:
                 _write(temporary, self.after, target if self.before is not None else None)
                 if self.check is not None:
@@ -83,12 +83,11 @@ class Change:
         return backup
 
     def _keep(self, target: Path) -> Path | None:
-        """A copy of the old file; not in a drop-in directory, as some engines read all that is in it."""
+        """A copy of the old file."""
         if self.before is None:
             return None
-        folder = target.parent.parent if target.parent.name.endswith(".d") else target.parent
-        backup = folder / (target.name + BACKUP)
-        temporary = folder / f".{backup.name}.{os.getpid()}"
+        backup = _aside(target) / (target.name + BACKUP)
+        temporary = backup.with_name(f".{backup.name}.{os.getpid()}")
         try:
             _write(temporary, self.before, target)
             os.replace(temporary, backup)
@@ -131,11 +130,21 @@ def read(path: Path) -> bytes | None:
         return None
     except OSError as error:
         raise InstallError(f"{path} cannot be read: {error.strerror}") from error
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_size > _MAX:
+        os.close(fd)
+        raise InstallError(f"{path} is no regular file of at most {_MAX >> 20} MiB", hint="name another file")
     with open(fd, "rb") as file:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_size > _MAX:
-            raise InstallError(f"{path} is no regular file of at most {_MAX >> 20} MiB")
         return file.read(_MAX)
+
+
+def _aside(target: Path) -> Path:
+    """Where a copy of `target` may lie, also for ever, should we be killed: not in a drop-in directory, since CRI-O
+    reads all that is in its own, whatever its name. (One that is a file system of its own has to hold its own.)"""
+    folder = target.parent
+    if folder.name.endswith(".d") and folder.stat().st_dev == folder.parent.stat().st_dev:
+        return folder.parent
+    return folder
 
 
 def _write(path: Path, data: bytes, like: Path | None) -> None:

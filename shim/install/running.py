@@ -20,9 +20,11 @@ _SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A running program. words: its command line; started: seconds since the epoch."""
+    """A running program. executable: its file, in its own root; words: its command line; started: seconds since the
+    epoch."""
 
     pid: int
+    executable: str
     words: list[str]
     started: float
 
@@ -62,21 +64,29 @@ def mount_namespace(pid: int) -> str:
 
 
 def find(program: str) -> list[Process]:
-    """The processes that execute `program` (a file name), oldest first. Not their threads and forks."""
+    """Root's processes (and our own user's) that execute `program` (a file name), oldest first. Not their threads and
+    forks. Anybody may call a program of theirs dockerd, with flags and sockets as they like."""
     found = []
+    owners = {0, os.geteuid()}
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
         try:
-            executable = os.path.basename(os.readlink(f"/proc/{name}/exe")).removesuffix(" (deleted)")
-            if executable != program:
+            executable = os.readlink(f"/proc/{name}/exe").removesuffix(" (deleted)")
+            if os.path.basename(executable) != program or not _users(int(name)) <= owners:
                 continue
             data = Path(f"/proc/{name}/cmdline").read_bytes()
             words = [os.fsdecode(word) for word in data.rstrip(b"\0").split(b"\0")]
-            found.append(Process(int(name), words, started(int(name))))
+            found.append(Process(int(name), executable, words, started(int(name))))
         except (OSError, ValueError, IndexError):
             continue  # it ended, or is not ours to look at
     return sorted(found, key=lambda process: process.pid)
+
+
+def _users(pid: int) -> set[int]:
+    """Whose a process is: the real, effective and saved user ids, as our user namespace has them. OSError."""
+    text = Path(f"/proc/{pid}/status").read_bytes().split(b"\nUid:", 1)[1]
+    return {int(number) for number in text.split(b"\n", 1)[0].split()}
 
 
 def started(pid: int) -> float:

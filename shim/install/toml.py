@@ -56,12 +56,15 @@ class TomlFile:
         """Set a value or a whole table, and make the tables above it."""
         here: Any = self._document
         wanted = self._wanted
-        for number, key in enumerate(keys[:-1]):
-            if key not in here:
-                here[key] = tomlkit.table(is_super_table=number < len(keys) - 2 or isinstance(value, dict))
-            here = here[key]
-            wanted = wanted.setdefault(key, {})
-        here[keys[-1]] = _item(value, comment)
+        try:
+            for number, key in enumerate(keys[:-1]):
+                if key not in here:
+                    here[key] = tomlkit.table(is_super_table=number < len(keys) - 2 or isinstance(value, dict))
+                here = here[key]
+                wanted = wanted.setdefault(key, {})
+            here[keys[-1]] = _item(value, comment)
+        except (TOMLKitError, ValueError, TypeError) as error:  # an inline table on the way, which takes no tables
+            raise self._unsafe() from error
         wanted[keys[-1]] = value
 
     def remove(self, keys: Sequence[str]) -> None:
@@ -93,10 +96,13 @@ class TomlFile:
         except tomllib.TOMLDecodeError:
             same = False
         if not same:
-            raise InstallError(
-                f"{self.path} is written in a way that cannot be changed safely", hint="add the runtime by hand"
-            )
+            raise self._unsafe()
         return text.encode()
+
+    def _unsafe(self) -> InstallError:
+        return InstallError(
+            f"{self.path} is written in a way that cannot be changed safely", hint="add the runtime by hand"
+        )
 
 
 def _item(value: Any, comment: str) -> Any:
