@@ -17,6 +17,7 @@ last line without its newline is ignored.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -99,10 +100,17 @@ class Journal:
             return sum(1 for node in self.opens.values() if node == node_id)
 
     def _append(self, record: dict[str, Any]) -> None:
-        os.write(self._fd, json.dumps(record).encode() + b"\n")
+        line = json.dumps(record).encode() + b"\n"
+        written = os.write(self._fd, line)
+        if written < len(line):  # what came behind it would make the whole journal unreadable
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._lines += 1
         if self._lines > _COMPACT_LINES + 4 * (len(self.nodes) + len(self.opens)):
-            self._rewrite()
+            try:
+                self._rewrite()
+            except OSError:
+                self._lines = 0  # no room for both: the record is written, and a long journal is as good as a short one
 
     def _records(self) -> list[dict[str, Any]]:
         out: list[dict[str, Any]] = [{"v": VERSION, "next": self.next_node}]
@@ -123,6 +131,7 @@ class Journal:
             temporary.rename(self.path)
         except OSError:
             os.close(fd)
+            temporary.unlink(missing_ok=True)  # the room that it takes is wanted
             raise
         if self._fd >= 0:
             os.close(self._fd)
