@@ -54,7 +54,7 @@ import os, sys
 def _plan():
     if sys.orig_argv[1:4] != ["-m", "shim", "daemon"] or "--supervise" in sys.argv + sys.orig_argv:
         return
-    import fcntl, functools, importlib, itertools, signal
+    import fcntl, functools, importlib, itertools, signal, time
     path = os.environ["CLIP_SHIM_TEST_PLAN"]
     with open(path, "r+") as plan:
         fcntl.flock(plan, fcntl.LOCK_EX)
@@ -71,13 +71,17 @@ def _plan():
         owner = getattr(owner, parent)
     function = getattr(owner, name)
     passed = itertools.count(1)
+    def die():
+        with open(path + ".times", "a") as times:
+            print(time.monotonic(), file=times)
+        os.kill(os.getpid(), signal.SIGKILL)
     @functools.wraps(function)
     def killing(*args, **kwargs):
         if when == "before" and next(passed) == int(count):
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         result = function(*args, **kwargs)
         if when == "after" and next(passed) == int(count):
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         return result
     setattr(owner, name, killing)
     handlers = getattr(sys.modules.get("shim.fuse.server"), "_HANDLERS", {})
@@ -103,19 +107,19 @@ while passes == 0 or not os.path.exists(stop):
 print(passes, flush=True)
 """
 
-# the longest time that a read of cached bytes took, directly from the blob file, kernel cache dropped
+# begin and end of reads of cached bytes that had to wait, directly from the blob file, kernel cache dropped
 _PROBE = """
 import os, sys, time
 path, stop = sys.argv[1:3]
 fd = os.open(path, os.O_RDONLY)
-first, worst = os.pread(fd, 4096, 0), []
+first = os.pread(fd, 4096, 0)
 while not os.path.exists(stop):
     os.posix_fadvise(fd, 0, 1 << 20, os.POSIX_FADV_DONTNEED)
     begin = time.monotonic()
     assert os.pread(fd, 4096, 0) == first
-    took = time.monotonic() - begin
-    if took > 0.05:
-        print(round(took, 3), flush=True)
+    end = time.monotonic()
+    if end - begin > 0.05:
+        print(begin, end, flush=True)
     time.sleep(0.01)
 """
 _DIGEST = re.compile(r"^\\?([0-9a-f]{64})  ", re.M)
@@ -124,19 +128,31 @@ _DIGEST = re.compile(r"^\\?([0-9a-f]{64})  ", re.M)
 @dataclass
 class Report:
     """kills: how often by which point (or "moment"); passes: of the readers over all files; runs: containers that ran
-    to their end; waits: seconds that a read of cached bytes took over one or more restarts."""
+    to their end; waits: seconds that a read of cached bytes took over one or more restarts; served: seconds to its end
+    from the kill, the last if there were several."""
 
     kills: dict[str, int] = field(default_factory=dict)
     passes: int = 0
     runs: int = 0
     waits: list[float] = field(default_factory=list)
+    served: list[float] = field(default_factory=list)
+
+    def time(self, kills: list[float], reads: list[tuple[float, float]]) -> None:
+        """Work out `waits` and `served`. kills: when; reads: begin and end of those that waited, in order."""
+        before = 0.0
+        for begin, end in reads:
+            if mine := [kill for kill in kills if before < kill < end]:
+                self.waits.append(end - begin)
+                self.served.append(end - max(mine))
+            before = end
 
     def __str__(self) -> str:
-        waits = self.waits or [0.0]
+        waits, served = self.waits or [0.0], self.served or [0.0]
         return (
             f"{sum(self.kills.values())} kills {self.kills}, {self.passes} passes over all files, "
             f"{self.runs} containers; cached reads over restarts waited {statistics.median(waits):.2f} s (median), "
-            f"at most {max(waits):.2f} s"
+            f"at most {max(waits):.2f} s; from a kill to the first served read "
+            f"{statistics.median(served):.2f} s (median), at most {max(served):.2f} s"
         )
 
 
@@ -181,6 +197,7 @@ def prepare(host: Host, seed: int, kills: int) -> list[str]:
     (site / "sitecustomize.py").write_text(SITE)
     # the first two servers start as they are: one is there before any work is, one may be replaced by the test
     (host.base / "plan").write_text("\n".join(["", *lines]) + "\n")
+    (host.base / "plan.times").touch()
     host.env["PYTHONPATH"] = str(site)
     host.env["CLIP_SHIM_TEST_PLAN"] = str(host.base / "plan")
     return chosen
@@ -189,9 +206,11 @@ def prepare(host: Host, seed: int, kills: int) -> list[str]:
 def survive(host: Host, supervisor: int, seed: int, chosen: list[str], work: Work, *, patience: float) -> Report:
     """Kill the server once for each of `chosen` while `work` goes on. AssertionError when anything was not as ever."""
     chance = random.Random(seed)
+    times = host.base / "plan.times"  # of kills at points
     report = Report()
     work.start()
     pid = server_pid(host)
+    kills = [time.monotonic()]
     os.kill(pid, signal.SIGKILL)  # the first, which follows no plan
     for point in chosen:
         old, pid = pid, new_server(host, pid)
@@ -202,12 +221,16 @@ def survive(host: Host, supervisor: int, seed: int, chosen: list[str], work: Wor
         while alive(pid) and time.monotonic() < end:
             time.sleep(0.005)
             work.check()
-        name = "moment" if alive(pid) else point
+        name = point
+        if alive(pid):
+            name = "moment"
+            kills.append(time.monotonic())
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         report.kills[name] = report.kills.get(name, 0) + 1
     new_server(host, pid)
-    work.finish(report)
+    reads = work.finish(report)
+    report.time(kills + [float(line) for line in times.read_text().split()], reads)
     assert not [child for child in descendants(supervisor) if state(child) == "Z"], "unreaped"
     return report
 
@@ -318,7 +341,8 @@ class Work:
             return (self._host.base / f"loop{self._containers.index(child)}").read_text(errors="replace")[-3000:]
         return "".join(child.communicate())[-3000:]
 
-    def finish(self, report: Report) -> None:
+    def finish(self, report: Report) -> list[tuple[float, float]]:
+        """Let all come to its end; returns begin and end of the reads of cached bytes that waited."""
         self._stop.touch()
         self._churn.join(60)
         for child in self._readers:
@@ -327,13 +351,14 @@ class Work:
             report.passes += int(out)
         out, errors = self._probe.communicate(timeout=60)
         assert self._probe.returncode == 0, errors
-        report.waits = [float(line) for line in out.split()]
+        words = [line.split() for line in out.splitlines()]
         for number, child in enumerate(self._containers):
             assert child.wait(60) == 0, self._said(child)
             runs = (self._host.base / f"loop{number}").read_text(errors="replace").split("ran\n")[:-1]
             for said in runs:
                 assert sorted(_DIGEST.findall(said)) == self._wanted, said[-3000:]
             report.runs += len(runs)
+        return [(float(begin), float(end)) for begin, end in words]
 
 
 def _digests(tree: Path) -> dict[str, str]:
