@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from shim.errors import IndexFormatError
-from shim.index import profile
 from shim.index.model import WINDOW_SIZE, Compression, Index, Layer, Node, Restart, SpanTable, Tree
 from shim.index.sparse import SparseWindows
 
@@ -51,15 +50,6 @@ _OVERLAY = (
 )  # overlayfs takes orders from these; the kernel's prefixes end in a dot
 _TYPES = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK})
 _DOTS = (b"", b".", b"..")
-
-
-def validate_index(index: Index) -> None:
-    """Check all of it. Raises IndexFormatError that names what is wrong; changes nothing."""
-    validate_head(index)
-    for number, layer in enumerate(index.layers):
-        validate_spans(layer, number)
-    validate_tree(index.tree, [layer.uncompressed_size for layer in index.layers])
-    profile.check(index.profile, [layer.spans.count for layer in index.layers])
 
 
 def validate_head(index: Index) -> None:

@@ -22,6 +22,7 @@ from shim.errors import IndexFormatError, TrustError
 from shim.index import codec
 from shim.registry.ref import ImageRef
 from shim.settings import Settings
+from shim.stores.base import name_of
 from tests.support.indexes import sample
 
 GOOD, BAD = "good.example.com/team/app:1", "evil.example.com/team/app:1"
@@ -30,7 +31,10 @@ GOOD, BAD = "good.example.com/team/app:1", "evil.example.com/team/app:1"
 class KeptTrees(Trees):
     """Trees that are mounted by keeping their index."""
 
+    used: Files
+
     def _mount(self, tree: ImageTree, files: Files, *_: Any) -> dict[str, Any]:
+        self.used = files
         kept = self._state / tree.hex
         indexfile.keep(files.index, tree.hex, kept)
         return {"image": codec.read_index(kept / "index.clip").image, "symlinks": {}, "dirs": [], "layers": []}
@@ -50,7 +54,7 @@ def config(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def trees(config: Settings) -> Trees:
+def trees(config: Settings) -> KeptTrees:
     layers = SimpleNamespace(confirm_archive=lambda *_: None)
     return KeptTrees(config, cast(Layers, layers), "/nowhere")
 
@@ -68,7 +72,7 @@ def take(plan: Plan, fd: int) -> str:
 
 
 def test_an_index_that_changes_after_it_was_judged(
-    config: Settings, trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Settings, trees: KeptTrees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = index_of(GOOD), index_of(BAD)
     plan = Plan(config, Resolver(config), trees, cast(Eager, None))
@@ -98,7 +102,7 @@ def test_an_index_that_changes_after_it_was_judged(
 
 
 def test_a_hot_start_reads_no_index(
-    config: Settings, trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Settings, trees: KeptTrees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Plan(config, Resolver(config), trees, cast(Eager, None))
     file = tmp_path / "a.clip"
@@ -108,3 +112,17 @@ def test_a_hot_start_reads_no_index(
         assert take(plan, opened.fileno()) == GOOD
         monkeypatch.setattr(indexfile, "_pieces", lambda *_: pytest.fail("it was read again"))
         assert take(plan, opened.fileno()) == GOOD
+
+
+def test_an_index_that_is_kept_too_is_no_other(config: Settings, trees: KeptTrees, tmp_path: Path) -> None:
+    """Also behind the data of its archive: it is the index that is compared, not the file."""
+    eager = SimpleNamespace(fill=None)
+    resolver = Resolver(config)
+    plan = Plan(Settings({**config.values, "fallback": ("eager",)}, config.source), resolver, trees, cast(Eager, eager))
+    given, kept = tmp_path / "a.clip", tmp_path / "b.clip"
+    given.write_bytes(bytes(1 << 20) + index_of(GOOD))
+    kept.write_bytes(index_of(GOOD))
+    with open(given, "rb") as opened:
+        resolver.indexes.local.put(name_of(resolver.indexes.identify(kept).ref), kept)
+        assert take(plan, opened.fileno()) == GOOD
+        assert trees.used.index == opened.fileno()
