@@ -154,20 +154,21 @@ class Endpoint:
                     self._remember(call, url)
                 return response, home
             response.discard()
-            url = self._target(url, response.headers["Location"])
+            url = self.target(url, response.headers["Location"])
             home = home and origin_of(url) == self.host.origin  # once away, our headers stay away
         raise RegistryError(f"{self.name} redirects more than {MAX_REDIRECTS} times")
 
-    def _target(self, url: str, location: str) -> str:
+    def target(self, url: str, location: str) -> str:
+        """Where an answer of `url` leads to by its Location. Raises RegistryError: not a place to go to."""
         try:
             target = urljoin(url, location)
         except ValueError:
-            raise RegistryError(f"{self.name} redirects to a URL that is not valid") from None
+            raise RegistryError(f"{self.name} leads to a URL that is not valid") from None
         here, there = origin_of(url), origin_of(target)
         if here.scheme == "https" and there.scheme == "http":
-            raise RegistryError(f"{self.name} redirects from https to plain http at {there.netloc}: refused")
+            raise RegistryError(f"{self.name} leads from https to plain http at {there.netloc}: refused")
         if is_internal(there.host) and not is_internal(here.host) and there.host != here.host:
-            raise RegistryError(f"{self.name} redirects to {there.netloc}, an address of this machine: refused")
+            raise RegistryError(f"{self.name} leads to {there.netloc}, an address of this machine: refused")
         return target
 
     def _foreign(self, call: Call, url: str, deadline: float | None) -> Response:
@@ -219,7 +220,7 @@ class Endpoint:
             if response.status not in REDIRECTS or form is not None or "Location" not in response.headers:
                 return response.status, response.read_all(MAX_TOKEN_ANSWER)
             response.discard()
-            url = self._target(url, response.headers["Location"])
+            url = self.target(url, response.headers["Location"])
         raise RegistryError(f"the token service of {self.name} redirects more than {MAX_REDIRECTS} times")
 
     def _error(self, call: Call, response: Response) -> RegistryError:

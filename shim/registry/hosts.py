@@ -65,7 +65,9 @@ class Host:
     @property
     def credential_key(self) -> str:
         """What the host is called in credential files."""
-        return "docker.io" if self.origin.host == DOCKER_HUB else self.name
+        if self.origin.host == DOCKER_HUB:
+            return "docker.io"
+        return self.name if self.is_given else self.registry  # as it was written at `login`: example.com:443
 
 
 class Hosts:

@@ -22,7 +22,7 @@ from shim.registry.client import RegistryClient
 from shim.registry.endpoint import Call, Endpoint
 from shim.registry.manifest import Descriptor
 from shim.registry.ref import ImageRef, check_digest
-from shim.registry.transport import Response, origin_of
+from shim.registry.transport import Response
 
 CHUNK = 16 << 20  # bytes sent, and kept in memory, at a time; what is not longer goes in one piece
 MAX_CHUNK = 256 << 20
@@ -128,7 +128,7 @@ class Pusher:
             response = endpoint.request(call, None)
             response.discard()
             if response.status == 202:  # the session of an upload that will not come
-                self._cancel(endpoint, ref, digest, _location(response))
+                self._cancel(endpoint, ref, digest, _location(endpoint, response))
             return response.status == 201
 
         return self._client.on_writer(ref.registry, mount)
@@ -145,7 +145,9 @@ class Pusher:
         if response.status != 202:
             raise RegistryError(f"{endpoint.name} answered {response.status} where an upload of {ref.name} begins")
         least = response.headers.get("OCI-Chunk-Min-Length", "0")
-        return _Upload(_location(response), 0, min(int(least), MAX_CHUNK) if re.fullmatch(r"\d{1,12}", least) else 0)
+        return _Upload(
+            _location(endpoint, response), 0, min(int(least), MAX_CHUNK) if re.fullmatch(r"\d{1,12}", least) else 0
+        )
 
     def _call(
         self, method: str, ref: ImageRef, digest: str, target: str, body: bytes | None, *headers: tuple[str, str]
@@ -183,9 +185,9 @@ class Pusher:
                 self._patch(endpoint, ref, upload, content, digest)
             except RegistryError as error:
                 failures += 1
-                if failures > _RESUMES or not (error.retryable or error.status == 416):
+                resumable = failures <= _RESUMES and (error.retryable or error.status == 416)
+                if not resumable or not self._client.pause(failures, error):
                     raise
-                self._client.pause(failures, error)
                 self._resume(endpoint, ref, upload, digest)
             if upload.offset > before:
                 failures = 0
@@ -216,7 +218,7 @@ class Pusher:
         response.discard()
         if response.status == 416:
             raise RegistryError(f"{endpoint.name} does not take an upload's bytes from {upload.offset}", status=416)
-        upload.location = _location(response)
+        upload.location = _location(endpoint, response)
         upload.offset = last + 1
 
     def _resume(self, endpoint: Endpoint, ref: ImageRef, upload: _Upload, digest: str) -> None:
@@ -229,21 +231,22 @@ class Pusher:
         found = re.fullmatch(r"(?:bytes=)?0-(\d{1,18})", response.headers.get("Range", ""))
         end = int(found[1]) if found else 0
         upload.offset = end + 1 if end else 0  # "0-0" is what an empty session says
-        upload.location = _location(response)
+        upload.location = _location(endpoint, response)
 
 
-def _location(response: Response) -> str:
+def _location(endpoint: Endpoint, response: Response) -> str:
     where = response.headers.get("Location")
     if not where:
         raise RegistryError(f"{response.host} does not say where an upload goes on")
-    target = urljoin(response.url, where)
-    if origin_of(response.url).scheme == "https" and origin_of(target).scheme == "http":
+    here = urlsplit(response.url)
+    try:
+        there = urlsplit(urljoin(response.url, where))
+    except ValueError:
+        raise RegistryError(f"{response.host} leads to a URL that is not valid") from None
+    if (here.scheme, there.scheme) == ("https", "http") and here.hostname == there.hostname:
         # a registry behind a proxy that ends TLS, and does not know
-        parts = urlsplit(target)
-        if parts.hostname != urlsplit(response.url).hostname:
-            raise RegistryError(f"{response.host} wants an upload sent over plain http to {parts.hostname}: refused")
-        target = urlunsplit(parts._replace(scheme="https", netloc=urlsplit(response.url).netloc))
-    return target
+        there = there._replace(scheme="https", netloc=here.netloc)
+    return endpoint.target(response.url, urlunsplit(there))
 
 
 def _measure(data: bytes | Path) -> tuple[str, int]:

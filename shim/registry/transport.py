@@ -7,6 +7,7 @@ before it needs a network. No error text holds a query string, a header value or
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ CHUNK = 256 << 10
 DRAIN = 64 << 10  # an unwanted rest up to this size is read, so that the connection can be used again
 MAX_ERROR_BODY = 64 << 10
 DEFAULT_PORTS = {"http": 80, "https": 443}
+_NETLOC = re.compile(r"(?:[A-Za-z0-9._-]+|\[[A-Za-z0-9:.%_-]+\])(?::[0-9]*)?\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ def origin_of(url: str) -> Origin:
         raise RegistryError("the registry led to a URL that is not http or https")
     if parts.username is not None or parts.password is not None:
         raise RegistryError(f"the registry led to a URL with credentials in it, at {parts.hostname}")
+    if not _NETLOC.match(parts.netloc):  # "127.0.0.1\\.example.com": for urllib3 the host ends at the backslash
+        raise RegistryError("the registry led to a URL that is not valid")
     return Origin(parts.scheme, parts.hostname, DEFAULT_PORTS[parts.scheme] if port is None else port)
 
 

@@ -72,6 +72,19 @@ def test_urls(table: dict[str, Any], registry: str, urls: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("table", "registry", "keys"),
+    [
+        ({}, "docker.io", ["docker.io"]),
+        ({}, "r.io", ["r.io"]),
+        ({}, "r.io:443", ["r.io:443"]),  # what `docker login r.io:443` writes
+        ({"r.io": {"mirrors": ["m.io:443"], "host": "real.io"}}, "r.io", ["m.io", "real.io"]),
+    ],
+)
+def test_names_in_credential_files(table: dict[str, Any], registry: str, keys: list[str]) -> None:
+    assert [host.credential_key for host in Hosts(table, ()).of(registry)] == keys
+
+
+@pytest.mark.parametrize(
     ("entry", "key"),
     [
         (5, "registries.r.io"),

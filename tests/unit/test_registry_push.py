@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,6 +163,46 @@ def test_an_end_without_an_end_is_told(open_registry: Registry, tmp_path: Path) 
         server.faults.add("POST", r"/blobs/", status=404)
         with pytest.raises(NotFoundError):
             Pusher(client).push_blob(ref_of(server.host, "never"), b"x")
+
+
+def test_who_asks_to_wait_long_is_not_asked_again(open_registry: Registry, tmp_path: Path) -> None:
+    with FaultServer(upstream=open_registry.host) as server:
+        server.faults.add("PATCH", r"/blobs/", status=429, retry_after="3600")
+        client = client_of(server.host, tmp_path)
+        with pytest.raises(RegistryError, match="asks to wait 3600 s"):
+            Pusher(client, chunk=PIECE).push_blob(ref_of(server.host, "busy"), BIG + b"busy")
+        assert server.count("PATCH") == 1
+
+
+@pytest.mark.parametrize("where", ["http://[bad", "ftp://example.com/x", "http://u:p@example.com/x"])
+def test_an_upload_that_leads_nowhere(open_registry: Registry, tmp_path: Path, where: str) -> None:
+    with FaultServer(upstream=open_registry.host) as server:
+        server.faults.add("POST", r"/uploads/", status=202, headers={"Location": where})
+        client = client_of(server.host, tmp_path)
+        with pytest.raises(RegistryError, match="URL"):
+            Pusher(client).push_blob(ref_of(server.host, "odd"), b"odd")
+
+
+def test_an_upload_leads_where_redirects_may() -> None:
+    """Answers' Location: into this machine never, to plain http only where TLS ends before the registry."""
+    from shim.registry.endpoint import Endpoint
+    from shim.registry.hosts import Hosts
+    from shim.registry.push import _location
+    from shim.registry.transport import Transport
+
+    endpoint = Endpoint(Hosts().of("registry.example.com")[0], Transport(), None)  # type: ignore[arg-type]
+
+    def lead(where: str) -> str:
+        answer = SimpleNamespace(
+            headers={"Location": where}, url="https://registry.example.com/v2/a", host="registry.example.com"
+        )
+        return _location(endpoint, answer)  # type: ignore[arg-type]
+
+    for where in ("https://169.254.169.254/x", "https://localhost:6443/x", "http://other.example.com/x"):
+        with pytest.raises(RegistryError, match="refused"):
+            lead(where)
+    assert lead("http://registry.example.com/v2/a/uploads/1") == "https://registry.example.com/v2/a/uploads/1"
+    assert lead("https://storage.example.com/1") == "https://storage.example.com/1"
 
 
 def test_who_may_not_write_is_told_so(tokens: TokenServer, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from shim.errors import NotFoundError, RegistryError
 from shim.registry.client import RegistryClient
 from shim.registry.ref import ImageRef
+from shim.registry.transport import origin_of
 from tests.support.faultserver import FaultServer
 from tests.support.registry import World, make_certificates, make_client, sha256
 
@@ -192,10 +193,19 @@ def test_no_redirect_from_elsewhere_into_this_machine() -> None:
         "https://[::1]/",
     ):
         with pytest.raises(RegistryError, match="an address of this machine"):
-            endpoint._target("https://registry.example.com/v2/", target)
+            endpoint.target("https://registry.example.com/v2/", target)
     assert (
-        endpoint._target("https://registry.example.com/v2/", "https://cdn.example.com/x") == "https://cdn.example.com/x"
+        endpoint.target("https://registry.example.com/v2/", "https://cdn.example.com/x") == "https://cdn.example.com/x"
     )
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1\\\\.example.com", "127.0.0.1\\\\@example.com", "a b", "[::1]x", "b\u00fccher.example", "%31"]
+)
+def test_hosts_that_others_read_differently(host: str) -> None:
+    """What is judged must be what is gone to."""
+    with pytest.raises(RegistryError, match="led to a URL"):
+        origin_of(f"http://{host}/x")
 
 
 def test_head_may_redirect(server: FaultServer, client: RegistryClient, ref: ImageRef) -> None:
