@@ -70,6 +70,7 @@ $(VENV)/.installed: $(HERE)/pyproject.toml $(HERE)/packaging/install-deps.sh
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			"$$python" -m venv '$(VENV)'; break; fi; done
 	@'$(VENV)/bin/python' -m pip install --quiet --disable-pip-version-check -e '$(HERE)[dev]' --config-settings editable_mode=compat
+	@'$(VENV)/bin/python' -m compileall -q '$(HERE)/shim'
 	@touch '$@'
 
 .PHONY: clean
