@@ -15,7 +15,7 @@ from typing import Any
 
 from shim.errors import InstallError
 from shim.install import running
-from shim.install.plan import Plan, Runtime, change, read, taken
+from shim.install.plan import Plan, Runtime, change, check_free, read
 from shim.install.toml import Table, TomlFile
 
 TITLE = "containerd"
@@ -50,8 +50,8 @@ def install(config: Path, runtime: Runtime, *, force: bool) -> Plan:
         _number(file, new=False)
     entry = file.table(*_path(number)).get(runtime.name)
     path = _binary(entry)
-    if entry is not None and not runtime.is_ours(path) and not force:
-        raise taken(target, runtime.name, path)
+    if entry is not None and not force:
+        check_free(target, runtime, path)
     if entry is None or path != runtime.path or entry.get("pod_annotations") != ANNOTATIONS:
         if target == config and (version is None or version < _FILLS):
             _keep_default(file, number, config if before is not None else None)
@@ -80,8 +80,8 @@ def uninstall(config: Path, runtime: Runtime, *, force: bool) -> Plan:
         entry = file.table(*_path(version)).get(runtime.name)
         if entry is None:
             continue
-        if not runtime.is_ours(_binary(entry)) and not force:
-            raise taken(path, runtime.name, _binary(entry))
+        if not force:
+            check_free(path, runtime, _binary(entry))
         if file.get("plugins", _CRI[version], "containerd", "default_runtime_name") == runtime.name:
             raise InstallError(
                 f"`default_runtime_name` in {path} is {runtime.name}: pods without a class would not start any more",

@@ -10,59 +10,39 @@ from pathlib import Path
 from typing import Any
 
 from shim.errors import InstallError
-from shim.install.plan import Plan, Runtime, change, read, taken
-from shim.install.toml import TomlFile
+from shim.install.plan import Plan, Runtime, read
+from shim.install.runtimes import DROP_IN, RuntimeTable
 
 TITLE = "CRI-O"
-CONFIG = Path("/etc/crio/crio.conf.d/50-clip-shim.conf")
+CONFIG = Path("/etc/crio/crio.conf.d") / DROP_IN
 PROGRAM = "crio"
 SOCKET = "/var/run/crio/crio.sock"
 _RELOAD = "systemctl restart crio   (running containers go on)"
 _RUNTIMES = ("crio", "runtime", "runtimes")
+_DEFAULT = ("crio", "runtime", "default_runtime")
 _BUNDLES = "/run/containers/storage"
 _HANDLER = "io.kubernetes.cri-o.RuntimeHandler"
 
 
 def install(config: Path, runtime: Runtime, *, force: bool) -> Plan:
     """Raises InstallError: the file is not valid, or the name is taken."""
-    before = read(config)
-    file = TomlFile(config, before or b"")
-    entry = file.table(*_RUNTIMES).get(runtime.name)
-    path = _path_of(entry)
-    if entry is not None and not runtime.is_ours(path) and not force:
-        raise taken(config, runtime.name, path)
-    if path != runtime.path:
-        file.set(
-            [*_RUNTIMES, runtime.name],
-            {"runtime_path": runtime.path, "runtime_type": "oci", "runtime_root": "/run/runc"},
-        )
-    return Plan(
-        change(config, before, file.encode()), _RELOAD, f"runtimeClassName: {runtime.name}   (packaging/kubernetes)"
-    )
+    table = _table(config)
+    entry = {"runtime_path": runtime.path, "runtime_type": "oci", "runtime_root": "/run/runc"}
+    table.set(runtime, entry, force=force)
+    return Plan(table.changes(), _RELOAD, f"runtimeClassName: {runtime.name}   (packaging/kubernetes)")
 
 
 def uninstall(config: Path, runtime: Runtime, *, force: bool) -> Plan:
     """Raises InstallError: the file is not valid, or the entry is not ours."""
-    before = read(config)
-    file = TomlFile(config, before or b"")
-    entry = file.table(*_RUNTIMES).get(runtime.name)
-    if entry is None:
+    table = _table(config)
+    if not table.remove(runtime, _DEFAULT, "another runtime", force=force):
         return Plan([], "", "")
-    if not runtime.is_ours(_path_of(entry)) and not force:
-        raise taken(config, runtime.name, _path_of(entry))
-    if file.get("crio", "runtime", "default_runtime") == runtime.name:
-        raise InstallError(f"`default_runtime` in {config} is {runtime.name}", hint="set it to another runtime first")
-    file.remove([*_RUNTIMES, runtime.name])
-    after: bytes | None = file.encode()
-    if config.name == CONFIG.name and not (after or b"").strip():
-        after = None
-    return Plan(change(config, before, after), _RELOAD, "")
+    return Plan(table.changes(), _RELOAD, "")
 
 
 def configured(config: Path) -> dict[str, str]:
     """Name → path of the handlers in the file. Raises InstallError."""
-    file = TomlFile(config, read(config) or b"")
-    return {name: _path_of(entry) or "" for name, entry in file.table(*_RUNTIMES).items()}
+    return _table(config).paths()
 
 
 def users(_: Path, runtime: Runtime) -> list[str]:
@@ -76,6 +56,10 @@ def users(_: Path, runtime: Runtime) -> list[str]:
         except (ValueError, AttributeError, InstallError, RecursionError):
             continue
     return found
+
+
+def _table(config: Path) -> RuntimeTable:
+    return RuntimeTable(config, _RUNTIMES, _path_of)
 
 
 def _path_of(entry: Any) -> str | None:

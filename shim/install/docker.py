@@ -12,7 +12,7 @@ from typing import Any
 
 from shim.errors import InstallError
 from shim.install import running
-from shim.install.plan import Plan, Runtime, change, read, taken
+from shim.install.plan import Plan, Runtime, change, check_free, read
 
 TITLE = "Docker"
 CONFIG = Path("/etc/docker/daemon.json")
@@ -29,8 +29,8 @@ def install(config: Path, runtime: Runtime, *, force: bool) -> Plan:
     data = _parse(config, before or b"{}")
     runtimes = _runtimes(config, data)
     entry = runtimes.get(runtime.name)
-    if entry is not None and not runtime.is_ours(entry.get("path")) and not force:
-        raise taken(config, runtime.name, entry.get("path") or entry.get("runtimeType"))
+    if entry is not None and not force:
+        check_free(config, runtime, entry.get("path"), entry.get("runtimeType"))
     flagged = [word for process in _serving(config) for word in process.options("add-runtime")]
     if flagged and not force:
         raise InstallError(
@@ -56,8 +56,8 @@ def uninstall(config: Path, runtime: Runtime, *, force: bool) -> Plan:
     entry = runtimes.get(runtime.name)
     if entry is None:
         return Plan([], "", "")
-    if not runtime.is_ours(entry.get("path")) and not force:
-        raise taken(config, runtime.name, entry.get("path") or entry.get("runtimeType"))
+    if not force:
+        check_free(config, runtime, entry.get("path"), entry.get("runtimeType"))
     if data.get("default-runtime") == runtime.name:
         raise InstallError(
             f"`default-runtime` in {config} is {runtime.name}: dockerd would not start without it",

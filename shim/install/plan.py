@@ -114,12 +114,16 @@ def change(
     return [] if before == after else [Change(path, before, after, check)]
 
 
-def taken(path: Path, name: str, other: object) -> InstallError:
-    """The name is somebody else's."""
-    return InstallError(
-        f"the runtime {name} in {path} is another one: {other or 'without a path'}",
-        hint="choose another with --runtime-name, or take its place with --force",
-    )
+def check_free(config: Path, runtime: Runtime, path: str | None, shown: object = None) -> None:
+    """Raise InstallError unless the entry of the runtime's name, which leads to `path`, is one of ours.
+
+    shown: what the message says of one without a path.
+    """
+    if not runtime.is_ours(path):
+        raise InstallError(
+            f"the runtime {runtime.name} in {config} is another one: {path or shown or 'without a path'}",
+            hint="choose another with --runtime-name, or take its place with --force",
+        )
 
 
 def read(path: Path) -> bytes | None:

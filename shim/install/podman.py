@@ -13,68 +13,52 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from shim.errors import InstallError
-from shim.install.plan import Plan, Runtime, change, read, taken
+from shim.install.plan import Plan, Runtime, read
+from shim.install.runtimes import DROP_IN, RuntimeTable
 from shim.install.toml import TomlFile
 
 TITLE = "podman"
-CONFIG = Path("/etc/containers/containers.conf.d/50-clip-shim.conf")
+CONFIG = Path("/etc/containers/containers.conf.d") / DROP_IN
 PROGRAM = "podman"
 _SOURCES = (Path("/usr/share/containers/containers.conf"), Path("/etc/containers/containers.conf"))
 _DROP_INS = (Path("/usr/share/containers/containers.conf.d"), Path("/etc/containers/containers.conf.d"))
 # what podman has built in (common/pkg/config/default.go); a name too much does no harm
 _SUPPORT_JSON = ["crun", "crun-vm", "runc", "kata", "runsc", "youki", "krun"]
 _RUNTIMES = ("engine", "runtimes")
+_DEFAULT = ("engine", "runtime")
 _JSON = ("engine", "runtime_supports_json")
 
 
 def install(config: Path, runtime: Runtime, *, force: bool) -> Plan:
     """Raises InstallError: a file is not valid, or the name is taken."""
-    before = read(config)
-    file = TomlFile(config, before or b"")
-    entry = file.table(*_RUNTIMES).get(runtime.name)
-    path = _first(entry)
-    if entry is not None and not runtime.is_ours(path) and not force:
-        raise taken(config, runtime.name, path)
-    if path != runtime.path:
-        file.set([*_RUNTIMES, runtime.name], [runtime.path])
-    names = file.get(*_JSON)
+    table = _table(config)
+    table.set(runtime, [runtime.path], force=force)
+    names = table.file.get(*_JSON)
     listed = [item for item in names if isinstance(item, str)] if isinstance(names, list) else _supporting(config)
     if names is None or runtime.name not in listed:
-        file.set(_JSON, [*listed, runtime.name])
+        table.file.set(_JSON, [*listed, runtime.name])
     usage = f"podman --runtime {runtime.name} run …   (podman has no daemon: nothing is to be reloaded)"
-    return Plan(change(config, before, file.encode()), "", usage)
+    return Plan(table.changes(), "", usage)
 
 
 def uninstall(config: Path, runtime: Runtime, *, force: bool) -> Plan:
     """Raises InstallError: the file is not valid, or the entry is not ours."""
-    before = read(config)
-    file = TomlFile(config, before or b"")
-    entry = file.table(*_RUNTIMES).get(runtime.name)
-    if entry is None:
+    table = _table(config)
+    if not table.remove(runtime, _DEFAULT, "runc or crun", force=force):
         return Plan([], "", "")
-    if not runtime.is_ours(_first(entry)) and not force:
-        raise taken(config, runtime.name, _first(entry))
-    if file.get("engine", "runtime") == runtime.name:
-        raise InstallError(f"`runtime` in {config} is {runtime.name}", hint="set it to runc or crun first")
-    file.remove([*_RUNTIMES, runtime.name])
-    names = file.get(*_JSON)
+    names = table.file.get(*_JSON)
     if isinstance(names, list) and runtime.name in names:
         left = [name for name in names if name != runtime.name]
         if config == CONFIG or set(left) <= set(_supporting(config)):
-            file.remove(_JSON)  # what holds without it
+            table.file.remove(_JSON)  # what holds without it
         else:
-            file.set(_JSON, left)
-    after: bytes | None = file.encode()
-    if config.name == CONFIG.name and not (after or b"").strip():
-        after = None
-    return Plan(change(config, before, after), "", "")
+            table.file.set(_JSON, left)
+    return Plan(table.changes(), "", "")
 
 
 def configured(config: Path) -> dict[str, str]:
     """Name → path of the runtimes in the file. Raises InstallError."""
-    file = TomlFile(config, read(config) or b"")
-    return {name: _first(entry) or "" for name, entry in file.table(*_RUNTIMES).items()}
+    return _table(config).paths()
 
 
 def users(_: Path, runtime: Runtime) -> list[str] | None:
@@ -125,6 +109,10 @@ def _supporting(config: Path) -> list[str]:
         if isinstance(names, list):
             found = [name for name in names if isinstance(name, str)]
     return found
+
+
+def _table(config: Path) -> RuntimeTable:
+    return RuntimeTable(config, _RUNTIMES, _first)
 
 
 def _first(entry: Any) -> str | None:

@@ -244,6 +244,34 @@ def test_podman_keeps_who_supports_json(tmp_path: Path) -> None:
     assert engine == {"runtime_supports_json": ["crun", "mine", "clip"], "runtimes": {"clip": [PATH]}}
 
 
+CRIO = '[crio.runtime]\ndefault_runtime = "runc"\n[crio.runtime.runtimes.clip]\nruntime_path = "/usr/bin/other"\n'
+PODMAN = '[engine]\nruntime = "runc"\n[engine.runtimes]\nclip = ["/usr/bin/other"]\n'
+
+
+@pytest.mark.parametrize(
+    ("engine", "other", "default"), [("crio", CRIO, "default_runtime"), ("podman", PODMAN, "runtime")]
+)
+def test_what_is_somebody_elses_or_the_default_stays(
+    engine: str, other: str, default: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "site.conf"
+    file.write_text(other)
+    for verb in ("install", "uninstall"):
+        assert call(verb, engine, file) == 1
+        assert f"the runtime clip in {file} is another one: /usr/bin/other" in capsys.readouterr().err
+        assert file.read_text() == other
+    assert call("install", engine, file, "--force") == 0
+    ours = file.read_text()
+    assert PATH in ours
+    file.write_text(ours.replace('"runc"', '"clip"', 1))
+    assert call("uninstall", engine, file) == 1
+    assert f"`{default}` in {file} is clip" in capsys.readouterr().err
+    assert PATH in file.read_text()
+    file.write_text(ours)
+    assert call("uninstall", engine, file) == 0
+    assert PATH not in file.read_text()
+
+
 @pytest.mark.parametrize("engine", ["podman", "crio"])
 def test_a_drop_in_of_ours_is_removed_whole(engine: str, tmp_path: Path) -> None:
     file = tmp_path / "x.conf.d" / "50-clip-shim.conf"
