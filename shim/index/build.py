@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from shim.errors import IntegrityError, LayerError, RegistryError, ShimError, UsageError
 from shim.index.merge import TreeMerger
@@ -23,8 +23,9 @@ from shim.runtime.reference import MARKER, MARKER_DIR, MARKER_FILE
 DEFAULT_CHECKPOINT_MIB = 2
 MAX_CHECKPOINT_MIB = 64
 _PARALLEL = 2  # layers at a time; each keeps one core busy inflating, and hashes on another
-_MAX_SOURCES = 3  # hosts tried for a layer whose bytes turn out wrong
+_MAX_SOURCES = 3  # hosts tried for bytes that turn out wrong
 
+_T = TypeVar("_T")
 Progress = Callable[[int, int, int], None]
 """(layer number from 0, compressed bytes done of all layers, compressed bytes of all layers); one call at a time, from
 any thread."""
@@ -132,6 +133,23 @@ def layer_name(number: int, layers: Sequence[Descriptor]) -> str:
     return f"layer {number + 1} of {len(layers)} ({layers[number].digest[:19]})"
 
 
+def from_sources(
+    client: RegistryClient, ref: ImageRef, number: int, layers: Sequence[Descriptor], attempt: Callable[[], _T]
+) -> _T:
+    """What `attempt` makes of a layer's bytes; when they turn out wrong it is made again, with another host's: that one
+    is then avoided. Raises the last one's LayerError or IntegrityError, which names the layer."""
+    for _ in range(min(len(client.hosts(ref)), _MAX_SOURCES) - 1):
+        try:
+            return attempt()
+        except (LayerError, IntegrityError):
+            continue
+    try:
+        return attempt()
+    except (LayerError, IntegrityError) as error:
+        error.args = (f"{layer_name(number, layers)}: {error}",)
+        raise
+
+
 def scan_layers(
     ref: ImageRef,
     client: RegistryClient,
@@ -228,15 +246,7 @@ class _Scan:
                 return
 
     def _layer(self, number: int) -> ScannedLayer:
-        sources = len(self._client.hosts(self._ref))
-        for source in range(1, _MAX_SOURCES + 1):
-            try:
-                return self._stream(number)
-            except (LayerError, IntegrityError) as error:
-                if source >= min(sources, _MAX_SOURCES):
-                    error.args = (f"{layer_name(number, self._layers)}: {error}",)
-                    raise
-        raise AssertionError("unreachable")
+        return from_sources(self._client, self._ref, number, self._layers, lambda: self._stream(number))
 
     def _stream(self, number: int) -> ScannedLayer:
         if self._taps is None:

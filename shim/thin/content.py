@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from io import BufferedReader, RawIOBase
 from typing import BinaryIO, NamedTuple
 
 from shim.errors import IntegrityError, LayerError
-from shim.index.build import layer_name
+from shim.index.build import from_sources
 from shim.index.model import Extent, Index, Layer, Node
 from shim.layers.inflate import compressed_range, inflate_spans
 from shim.registry.client import Descriptor, RegistryClient
 from shim.registry.ref import ImageRef
-
-_MAX_SOURCES = 3  # hosts tried for a span whose bytes turn out wrong
 
 
 class _Piece(NamedTuple):
@@ -57,17 +56,10 @@ class Spool:
     def _layer(
         self, layers: list[Layer], number: int, ref: ImageRef, client: RegistryClient, pieces: list[_Piece]
     ) -> None:
-        sources = min(len(client.hosts(ref)), _MAX_SOURCES)
+        named = [Descriptor(layer.media_type, layer.digest, layer.size) for layer in layers]
         for first, stop, wanted in _runs(layers[number], pieces):
-            for source in range(1, sources + 1):
-                try:
-                    self._run(layers[number], first, stop, ref, client, wanted)
-                    break
-                except (IntegrityError, LayerError) as error:
-                    if source == sources:
-                        named = [Descriptor(layer.media_type, layer.digest, layer.size) for layer in layers]
-                        error.args = (f"{layer_name(number, named)}: {error}",)
-                        raise
+            run = partial(self._run, layers[number], first, stop, ref, client, wanted)
+            from_sources(client, ref, number, named, run)
 
     def _run(
         self, layer: Layer, first: int, stop: int, ref: ImageRef, client: RegistryClient, pieces: list[_Piece]

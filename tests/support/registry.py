@@ -28,13 +28,13 @@ import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from shim.registry.client import RegistryClient
 from shim.registry.credentials import CredentialStore
 from shim.registry.hooks import Hooks
 from shim.registry.retry import RetryPolicy
+from tests.support.service import Service
 from tests.support.tokens import PASSWORD, USER, TokenServer
 
 PROGRAM = "docker-registry"
@@ -113,7 +113,7 @@ def make_certificates(directory: Path, *names: str) -> None:
         )
 
 
-class Registry:
+class Registry(Service):
     """A running docker-registry. `host` is 127.0.0.1:PORT, `storage` its files."""
 
     def __init__(
@@ -148,19 +148,6 @@ class Registry:
             self._auth = {"token": options}
         self.host = ""
         self.process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Registry:
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def start(self) -> None:
         config: dict[str, Any] = {

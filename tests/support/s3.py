@@ -18,8 +18,9 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from tests.support.service import Service
 
 KEY, SECRET = "testkey", "test-secret-0123456789"
 READER_KEY, READER_SECRET = "readkey", "read-secret-0123456789"
@@ -35,7 +36,7 @@ _IDENTITIES = [
 ]
 
 
-class S3:
+class S3(Service):
     """A running server with one bucket, `indexes`. `env`: what boto3's usual chain finds the credentials in."""
 
     bucket = "indexes"
@@ -53,27 +54,17 @@ class S3:
         """As under `stores.s3.BUCKET` in the configuration."""
         return {"endpoint": self.endpoint, "region": "us-east-1", "path_style": True}
 
-    def __enter__(self) -> S3:
-        try:
-            for last in (False, False, True):
-                try:
-                    self.start()
-                    break
-                except RuntimeError:  # a port was taken in between
-                    if last:
-                        raise
-            self.client().create_bucket(Bucket=self.bucket)
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
     def start(self) -> None:
+        for last in (False, False, True):
+            try:
+                self._launch()
+                break
+            except RuntimeError:  # a port was taken in between
+                if last:
+                    raise
+        self.client().create_bucket(Bucket=self.bucket)
+
+    def _launch(self) -> None:
         self._end()
         names = ("master.port", "volume.port", "filer.port", "s3.port")
         numbers = _free_ports(2 * len(names))

@@ -16,6 +16,7 @@ from shim.index.build import build_index
 from shim.index.model import Compression, Index, Node
 from shim.index.verify import verify_index
 from shim.registry.ref import ImageRef
+from shim.thin.content import Spool
 from tests.support.ocitar import DIR, LINK, SYM, Entry, gzip_bytes, multi_member, tar, zstd
 from tests.support.registry import OCI, Registry, make_client, sha256
 from tests.support.smallimage import noise, text
@@ -157,6 +158,26 @@ def test_a_damaged_mirror_is_replaced_by_the_registry(registry: Registry, tmp_pa
         index = build_index(ref, make_client(tmp_path, settings), progress=lambda *what: seen.append(what[1]))
     assert index.layers[0].digest == sha256(blob)
     assert seen[-1] == len(blob)  # what was read in vain is taken back
+
+
+def test_files_of_a_damaged_mirror_are_the_registrys(registry: Registry, tmp_path: Path) -> None:
+    """Thin images fetch some files' spans only. Where nobody has right ones, the layer is named."""
+    data = noise(10, 300_000)
+    blob = gzip_bytes(tar([Entry(b"file", data=data)]))
+    ref = push(registry, "spooled", blob)
+    index = build_index(ref, make_client(tmp_path))
+    node = (index.tree.root.children or {})[b"file"]
+    with Registry() as mirror:
+        mirror.push_image("spooled", "v1", [blob])
+        storage_of(mirror, sha256(blob)).write_bytes(flip(blob))
+        settings = {registry.host: {"mirrors": [{"host": f"http://{mirror.host}"}]}}
+        with open(tmp_path / "spool", "w+b") as file:
+            spool = Spool(file)
+            spool.fetch(index, ref, make_client(tmp_path, settings), [node])
+            assert spool.open(node).read() == data
+        storage_of(registry, sha256(blob)).write_bytes(flip(blob))
+        with open(tmp_path / "spool", "w+b") as file, pytest.raises(ShimError, match=r"^layer 1 of 1 "):
+            Spool(file).fetch(index, ref, make_client(tmp_path, settings), [node])
 
 
 def test_the_same_tar_in_other_bytes_is_refused(registry: Registry, tmp_path: Path) -> None:
