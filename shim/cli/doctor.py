@@ -46,6 +46,12 @@ def run(args: argparse.Namespace) -> int:
         for check in checks.CHECKS:
             print(f"{check.name:{width}}  {check.help}")
         return 0
+    from shim.doctor import support
+    from shim.doctor.node import why
+    from shim.errors import ShimError
+
+    if args.support:
+        support.kind_of(args.support)  # before minutes of looking
     node = _node()
     chosen = [checks.bundle(args.bundle)] if args.bundle else checks.select(args.check)
     results: list[Result] = []
@@ -53,7 +59,10 @@ def run(args: argparse.Namespace) -> int:
         found = list(_run(check, node, quiet=args.json))
         if args.fix and (mends := [result.mend for result in found if result.mend is not None]):
             for mend in mends:
-                print(f"  mended: {mend()}", file=sys.stderr)
+                try:
+                    print(f"  mended: {mend()}", file=sys.stderr)
+                except (ShimError, OSError) as error:
+                    print(f"  not mended: {why(error)}", file=sys.stderr)
             node.forget()
             found = list(_run(check, node, quiet=args.json))
         results += found
@@ -63,8 +72,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _summary(results)
     if args.support:
-        from shim.doctor import support
-
         names = support.write(args.support, node, results)
         print(f"{args.support}: {len(names)} files; look through them before you send it", file=sys.stderr)
     return checks.exit_code(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -37,6 +38,22 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
+# runc(8), crun(1); what is on neither list is handed on too, unless it is nearly a verb of ours
+_RUNTIMES_VERBS = (
+    "checkpoint", "create", "delete", "events", "exec", "features", "help", "init", "kill", "list", "mounts",
+    "pause", "ps", "restore", "resume", "run", "spec", "start", "state", "update", "version",
+)  # fmt: skip
+_HINTS = {
+    errno.ENOENT: "check the name, and that its directory is there",
+    errno.ENOTDIR: "check the name: a file stands where a directory is meant",
+    errno.EISDIR: "name a file, not a directory",
+    errno.EACCES: "run this as root, or give another file",
+    errno.EPERM: "run this as root, or give another file",
+    errno.ENOSPC: "free space there, or give another place",
+    errno.EROFS: "give a place that can be written to",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors look like all our others: one line and a hint, exit code 2."""
 
@@ -58,7 +75,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         prog="clip-shim",
         formatter_class=_Help,
         description="Start any OCI image in about a second: an OCI runtime over lazily loaded trees.",
-        epilog="Anything else is runc's command line and is handed to the runtime as it is.",
+        epilog="`clip-shim version` says which this is. Anything else is runc's command line and is handed to the "
+        "runtime as it is.",
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     sub = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
@@ -73,15 +91,18 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     words = [word for word in args if word != "--debug"] if args[:1] == ["--debug"] else args
     verb = words[0] if words else "--help"
-    if verb not in VERBS and verb not in ("-h", "--help", "help"):
+    near = _meant(verb)
+    if verb not in VERBS and verb not in ("-h", "--help", "help", "version") and near is None:
         from shim.runtime.main import main as runtime_main
 
         return runtime_main(args)
     debug = "--debug" in args
     words = [word for word in args if word != "--debug"]
     try:
+        if near is not None:
+            raise UsageError(f"there is no verb {verb!r}", hint=f"did you mean `clip-shim {near}`?")
         if verb not in VERBS:
-            build_parser().print_help()
+            print(version()) if verb == "version" else build_parser().print_help()
             return 0
         namespace = build_parser(verb).parse_args(words)
         code = int(namespace.run(namespace))
@@ -96,11 +117,20 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return report(ShimError(f"{where}{error.strerror or error}"), debug)
+        where = f"{error.filename}: " if isinstance(error.filename, str) else ""  # else a descriptor's number
+        return report(ShimError(f"{where}{error.strerror or error}", hint=_HINTS.get(error.errno or 0)), debug)
     except Exception as error:  # noqa: BLE001  a defect: people get one line too, and the way to the rest
         hint = "this is a defect in clip-shim: the same with --debug shows where"
         return report(ShimError(f"{type(error).__name__}: {error}", hint=hint), debug, error)
+
+
+def _meant(verb: str) -> str | None:
+    """The verb of ours that somebody has mistyped, None for what is one, or may be the runtime's."""
+    if verb in VERBS or verb in _RUNTIMES_VERBS or verb.startswith("-"):
+        return None
+    import difflib
+
+    return next(iter(difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.75)), None)
 
 
 def report(error: ShimError, debug: bool, cause: BaseException | None = None) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import queue
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from shim.doctor.node import Node, why
 from shim.doctor.result import Check, Result, failed
 from shim.errors import ShimError, UsageError
 
+_NETWORK_SECONDS = 240.0  # many hosts, eight at a time, each of which has a deadline; S3's own is long
 CHECKS: tuple[Check, ...] = (
     Check("root", kernel.root, "who runs this"),
     Check("configuration", installation.configuration, "the configuration is valid and safe"),
@@ -36,10 +40,10 @@ CHECKS: tuple[Check, ...] = (
     Check("mount-namespace", engines.namespaces, "engines see the daemon's mounts"),
     Check("daemon", daemon.answering, "the daemon answers"),
     Check("supervisor", daemon.supervised, "somebody starts the daemon again, and keeps its mounts"),
-    Check("dns", network.names, "names of registries are found"),
-    Check("clock", network.clock, "the clock agrees with the registries'"),
-    Check("registry", network.reachable, "each registry: reachable, TLS, auth, ranges, redirects"),
-    Check("stores", network.stores, "each index store can be read and written"),
+    Check("dns", network.names, "names of registries are found", _NETWORK_SECONDS),
+    Check("clock", network.clock, "the clock agrees with the registries'", _NETWORK_SECONDS),
+    Check("registry", network.reachable, "each registry: reachable, TLS, auth, ranges, redirects", _NETWORK_SECONDS),
+    Check("stores", network.stores, "each index store can be read and written", _NETWORK_SECONDS),
 )
 _OURSELVES = ", then run `clip-shim doctor`"  # what some errors' hints end with
 BY_NAME = {check.name: check for check in CHECKS}
@@ -47,7 +51,9 @@ BY_NAME = {check.name: check for check in CHECKS}
 
 def bundle(directory: Path) -> Check:
     """The check of one OCI bundle."""
-    return Check("bundle", bundles.check(directory), "whether a bundle would start")
+    return Check(
+        "bundle", bundles.check(directory), "whether a bundle would start", None
+    )  # an index may have to be made
 
 
 def select(names: list[str]) -> list[Check]:
@@ -62,7 +68,33 @@ def select(names: list[str]) -> list[Check]:
 
 
 def run(check: Check, node: Node) -> Iterator[Result]:
-    """The results of one check. An error that it did not expect is a result too."""
+    """The results of one check. That it hangs is a result too: a file system that nobody serves (NFS, FUSE) holds
+    whoever looks at it, so that is a thread, which is left behind then."""
+    found: queue.SimpleQueue[Result | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            for result in _results(check, node):
+                found.put(result)
+        finally:
+            found.put(None)
+
+    threading.Thread(target=work, name=f"check-{check.name}", daemon=True).start()
+    end = None if check.seconds is None else time.monotonic() + check.seconds
+    while True:
+        try:
+            result = found.get(timeout=None if end is None else max(0.0, end - time.monotonic()))
+        except queue.Empty:
+            fix = "something that it looks at does not answer: a mount, a disk, an engine; see `dmesg` and `mount`"
+            yield replace(failed(f"no answer in {check.seconds:g} s", check.help, fix), check=check.name)
+            return
+        if result is None:
+            return
+        yield result
+
+
+def _results(check: Check, node: Node) -> Iterator[Result]:
+    """An error that the check did not expect is a result too."""
     try:
         for result in check.run(node):
             yield replace(result, check=check.name, fix=result.fix.replace(_OURSELVES, ""))

@@ -57,8 +57,10 @@ Run = Callable[["Node"], Iterator[Result]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """name: what `--check` takes; help: what it looks at, for `--list`."""
+    """name: what `--check` takes; help: what it looks at, for `--list`; seconds: how long it may take, None for as long
+    as it likes."""
 
     name: str
     run: Run
     help: str
+    seconds: float | None = 90.0

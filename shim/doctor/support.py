@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import tarfile
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -65,16 +66,35 @@ def _redact_item(key: str, value: Any) -> Any:
 
 
 def write(path: Path, node: Node, results: list[Result]) -> list[str]:
-    """Write the bundle, .tar.gz, .tgz or .zip, mode 0600; the names of what is in it. UsageError, OSError."""
-    name = path.name
-    kind = next((kind for kind in (".tar.gz", ".tgz", ".zip") if name.endswith(kind)), None)
-    if kind is None:
-        raise UsageError(f"{path} must end in .tar.gz, .tgz or .zip")
-    top = name.removesuffix(kind)
+    """Write the bundle, .tar.gz, .tgz or .zip, mode 0600; the names of what is in it. UsageError, OSError.
+
+    What was there is replaced, not written to: in /tmp it may be somebody else's.
+    """
+    kind = kind_of(path)
+    top = path.name.removesuffix(kind)
     files = [(f"{top}/{part}", data) for part, data in _contents(node, results)]
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as out:
-        os.fchmod(fd, 0o600)
+    handle, temporary = tempfile.mkstemp(prefix=".clip-support-", dir=path.parent)
+    try:
+        _pack(handle, kind, files)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return [part for part, _ in files]
+
+
+def kind_of(path: Path) -> str:
+    """How a bundle's name ends. UsageError for a name that says nothing, or that leads nowhere."""
+    kind = next((kind for kind in (".tar.gz", ".tgz", ".zip") if path.name.endswith(kind)), None)
+    if kind is None:
+        raise UsageError(f"{path} must end in .tar.gz, .tgz or .zip", hint="choose another --support FILE")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no directory {path.parent}", hint="make it first, or choose another --support FILE")
+    return kind
+
+
+def _pack(handle: int, kind: str, files: list[tuple[str, bytes]]) -> None:
+    with open(handle, "wb") as out:
         if kind == ".zip":
             with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as box:
                 for part, data in files:
@@ -85,7 +105,6 @@ def write(path: Path, node: Node, results: list[Result]) -> list[str]:
                     info = tarfile.TarInfo(part)
                     info.size, info.mtime, info.mode = len(data), int(time.time()), 0o600
                     tar.addfile(info, io.BytesIO(data))
-    return [part for part, _ in files]
 
 
 def _contents(node: Node, results: list[Result]) -> Iterator[tuple[str, bytes]]:

@@ -128,7 +128,10 @@ def try_connect(run_dir: str, end: float) -> Connection | None:
         socket.close()
         if error.errno in _ABSENT:
             return None
-        raise DaemonError(f"the daemon at {run_dir}/control.sock cannot be reached: {error}") from error
+        raise DaemonError(
+            f"the daemon at {run_dir}/control.sock cannot be reached: {error}",
+            hint="run this as root" if error.errno == errno.EACCES else None,
+        ) from error
     finally:
         os.close(directory)
     return Connection(socket, end)

@@ -29,10 +29,15 @@ def run(words: list[str], environ: dict[bytes, bytes], settings_file: str) -> in
     try:
         config = load(settings_file, environ)
     except ConfigError as error:
-        if parse(words).verb is None and words[:1] != [POSTSTOP]:
-            execute(DEFAULT_RUNTIMES, words, environ)  # kill and delete must work whatever is wrong with us
-        return _fail(error, parse(words))
+        return _run_without(words, environ, error)
     return run_with(words, environ, config)
+
+
+def _run_without(words: list[str], environ: dict[bytes, bytes], error: ConfigError) -> int:
+    """There are no settings, for this reason."""
+    if parse(words).verb is None and words[:1] != [POSTSTOP]:
+        execute(DEFAULT_RUNTIMES, words, environ)  # kill and delete must work whatever is wrong with us
+    return _fail(error, parse(words))
 
 
 def main(args: list[str]) -> int:
@@ -47,8 +52,11 @@ def main(args: list[str]) -> int:
     file = Path(os.environ.get("CLIP_SHIM_CONFIG", DEFAULT_CONFIG))
     package = Path(__file__).resolve().parent.parent
     command = [sys.executable, "-m", "shim"]
-    compiled = compile_settings(load_settings(), file, command, Path(os.path.realpath(sys.argv[0])), package)
-    config = Config(compiled, environ)
+    try:
+        compiled = compile_settings(load_settings(), file, command, Path(os.path.realpath(sys.argv[0])), package)
+        config = Config(compiled, environ)
+    except ConfigError as error:
+        return _run_without(args, environ, error)
     config.hook = [os.path.realpath(sys.executable) if sys.prefix == sys.base_prefix else sys.executable, "-m", "shim"]
     return run_with(args, environ, config)
 

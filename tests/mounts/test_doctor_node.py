@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 import zipfile
@@ -275,9 +276,61 @@ def contents(place: Path) -> dict[str, str]:
 
 
 def test_support_bundle_with_another_name(host: Host) -> None:
-    done = run(host, "--check", "root", "--support", host.base / "help.rar")
-    assert done.returncode == 2
-    assert "must end in .tar.gz, .tgz or .zip" in done.stderr
+    for name, message in {
+        "help.rar": "must end in .tar.gz, .tgz or .zip",
+        "no/help.zip": "there is no directory",
+    }.items():
+        done = run(host, "--check", "root", "--support", host.base / name)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stdout == ""  # it is said at once
+
+
+def test_support_bundle_in_the_place_of_somebodys_file(host: Host) -> None:
+    """In /tmp anybody can have put one there, to read what will be written to it; or a pipe, to hold us."""
+    place, pipe = host.base / "help.zip", host.base / "help.tgz"
+    place.write_text("theirs")
+    os.chown(place, 65534, 65534)
+    os.mkfifo(pipe)
+    with open(place) as theirs:
+        for path in (place, pipe):
+            assert run(host, "--check", "root", "--support", path).returncode == 0
+            assert path.is_file()
+            assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (0, 0o600)
+        assert theirs.read() == "theirs"
+    assert not list(host.base.glob(".clip-support-*"))
+
+
+def test_what_cannot_be_mended_hides_no_other(host: Host) -> None:
+    before = "chmod 755 $BASE/state && mount --bind $BASE/state $BASE/state && mount -o remount,bind,ro $BASE/state"
+    found = doctor(host, "state-dir", "root", more=("--fix",), before=before)
+    assert one(found, "state-dir")[0] == "failed"
+    assert one(found, "root")[0] == "ok"
+
+
+HANGING = """
+import sys
+from pathlib import Path
+from shim.doctor import checks, storage
+from shim.doctor.node import Node
+from shim.doctor.result import Check
+from shim.settings import load
+node = Node(load(env={"CLIP_SHIM_CONFIG": "/dev/null", "CLIP_SHIM_STATE_DIR": sys.argv[1]}), Path("/x"), lambda: None)
+for result in checks.run(Check("space", storage.space, "room", 0.5), node):
+    print(result.status, result.found)
+"""
+
+
+def test_a_file_system_that_nobody_serves_holds_nobody(tmp_path: Path) -> None:
+    fd = connection.mount(tmp_path)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", HANGING, tmp_path / "state"], capture_output=True, text=True, timeout=30, check=True
+        )
+    finally:
+        os.close(fd)
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+    assert done.stdout == "failed no answer in 0.5 s\n"
 
 
 def test_a_check_that_fails_itself_hides_no_other(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

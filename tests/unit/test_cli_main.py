@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from shim import __version__
 from shim.cli import status
 from shim.cli.main import VERBS, main
 from tests.support.host import CLIP_SHIM
@@ -58,6 +59,12 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["umount", "/proc"], 1, "no image is mounted on /proc", "mountinfo"),
         (["config", "check", "/nonexistent.yaml"], 2, "cannot read /nonexistent.yaml: No such file", "config default"),
         (["daemon", "--config", "/nonexistent.yaml"], 2, "cannot read /nonexistent.yaml: No such file", ""),
+        (["idnex", "python:3.12"], 2, "there is no verb 'idnex'", "did you mean `clip-shim index`?"),
+        (["instal", "docker"], 2, "there is no verb 'instal'", "did you mean `clip-shim install`?"),
+        (["--debug", "statsu"], 2, "there is no verb 'statsu'", "did you mean `clip-shim status`?"),
+        (["inspect", "/etc"], 1, "Is a directory", "name a file"),
+        (["inspect", "/nonexistent"], 1, "/nonexistent: No such file or directory", "check the name"),
+        (["install", "docker", "--config", "/etc"], 1, "/etc is no regular file", "another file"),
     ],
 )
 def test_an_error_is_one_line_and_a_hint(
@@ -67,6 +74,7 @@ def test_an_error_is_one_line_and_a_hint(
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert captured.out == ""
+    lines = lines[-2:] if words[0] == "--debug" else lines  # behind the traceback
     assert len(lines) == 2
     assert lines[0].startswith("error: ")
     assert error in lines[0]
@@ -106,16 +114,44 @@ def test_config_check_says_what_the_daemon_would(place: Path, text: str, capsys:
     assert capsys.readouterr().out == "the configuration is valid\n"
 
 
-@pytest.mark.parametrize("words", [["--version"], ["--debug", "--version"], ["features"], ["no-such-verb"]])
-def test_what_is_no_verb_of_ours_is_the_runtimes(place: Path, words: list[str]) -> None:
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out == f"clip-shim version {__version__}\n"
+
+
+@pytest.fixture
+def runtime(place: Path) -> Path:
+    """A runtime that prints its arguments and ends with 7."""
+    path = place / "runc"
+    path.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 7\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["--debug", "--version"], ["features"], ["state", "x"], ["start", "x"], ["no-such-verb"]]
+)
+def test_what_is_no_verb_of_ours_is_the_runtimes(runtime: Path, words: list[str]) -> None:
     """Argument by argument, and its exit code comes back."""
-    runtime = place / "runc"
-    runtime.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 7\n')
-    runtime.chmod(0o755)
     env = {**os.environ, "CLIP_SHIM_RUNTIMES": str(runtime)}
     done = subprocess.run([CLIP_SHIM, *words], env=env, capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
     assert done.stdout.split() == words
+
+
+@pytest.mark.parametrize("text", ["tre: x", "runtimes: 3", None])
+def test_the_runtimes_verbs_need_no_valid_configuration(place: Path, text: str | None) -> None:
+    """Whatever is wrong with ours, containers are killed and deleted; only what needs a root filesystem is refused."""
+    (place / "config.yaml").write_text(text) if text else (place / "config.yaml").unlink()
+    done = subprocess.run([CLIP_SHIM, "--version"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "version" in done.stdout
+    done = subprocess.run(
+        [CLIP_SHIM, "--log", place / "log", "create", "c1"], capture_output=True, text=True, cwd=place
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "config.yaml" in (place / "log").read_text()
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(place: Path) -> None:
