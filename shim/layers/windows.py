@@ -14,15 +14,18 @@ from functools import cache
 from shim.index.model import WINDOW_SIZE
 from shim.layers import libz
 
-_EQUAL = frozenset(v * 257 for v in range(256))
+# A pair of bytes as a 16-bit number is a multiple of 257 where they are equal. So position p is the pair
+# p // 256 * 257 + p % 256 + 1, and where pairs are indexes, every 257th place is none of the window's.
+_ROW = 257
+_EQUAL = range(0, 1 << 16, _ROW)
 
 
 @cache
-def _markers() -> tuple[bytes, bytes, dict[int, int]]:
-    """The two windows, and which position each pair of their bytes stands for."""
-    pairs = [v for v in range(1 << 16) if v & 255 != v >> 8][:WINDOW_SIZE]
-    both = array("H", pairs).tobytes()  # native order, like the cast in `sparse`
-    return both[0::2], both[1::2], {pair: position for position, pair in enumerate(pairs)}
+def _markers() -> tuple[bytes, bytes]:
+    """The two windows."""
+    pairs = [pair for pair in range(1 << 16) if pair % _ROW][:WINDOW_SIZE]
+    both = array("H", pairs).tobytes()  # native order, as in `sparse`
+    return both[0::2], both[1::2]
 
 
 class MarkerProbe:
@@ -37,7 +40,7 @@ class MarkerProbe:
 
     def start(self, bits: int, byte: int) -> None:
         """Begin at a point whose first bits are the upper `bits` of `byte`."""
-        for inflater, marker in zip(self._inflaters, _markers()[:2], strict=True):
+        for inflater, marker in zip(self._inflaters, _markers(), strict=True):
             inflater.reset()
             inflater.prime(bits, byte)
             inflater.set_window(marker)
@@ -71,11 +74,14 @@ class MarkerProbe:
         pairs = bytearray(2 * size)
         pairs[0::2] = memoryview(self._outputs[0])[:size]
         pairs[1::2] = memoryview(self._outputs[1])[:size]
-        used = set(memoryview(pairs).cast("H")) - _EQUAL
+        used = set(array("H", pairs))  # twice as fast as of a memoryview
+        used.difference_update(_EQUAL)
         if not used:
             return b""
         full = window.rjust(WINDOW_SIZE, b"\0")
-        result = bytearray(WINDOW_SIZE)
-        for position in map(_markers()[2].__getitem__, used):
-            result[position] = full[position]
+        by_pair = b"\0" + b"\0".join([full[at : at + _ROW - 1] for at in range(0, WINDOW_SIZE, _ROW - 1)])
+        result = bytearray(len(by_pair))
+        for pair in used:
+            result[pair] = by_pair[pair]
+        del result[::_ROW]
         return bytes(result)

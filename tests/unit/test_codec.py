@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from shim.errors import IndexFormatError
 from shim.index import codec, container
 from shim.index.model import Extent, Index, Node, Tree
-from shim.index.sparse import SparseWindows, pack_window, unpack_window
+from shim.index.sparse import SparseWindows, pack_window, split_record, unpack_window
 from tests.support import indexes, indexfiles
 from tests.support.indexes import NS, directory, dump, file, put, sample, symlink
 
@@ -205,6 +205,21 @@ def test_windows_survive(seed: int) -> None:
     assert windows == kept
     assert kept[2:4] == windows[2:4]
     assert sum(map(len, SparseWindows([indexes.window(seed, 257)]).records)) < 4096
+
+
+@pytest.mark.parametrize(
+    ("runs", "window"),
+    [
+        ([], bytes(32768)),
+        ([(0, 1)], b"x" + bytes(32767)),
+        ([(1, 3), (32767, 1)], b"\0x\0y" + bytes(32763) + b"z"),
+        ([(2, 2), (6, 32761)], b"\0\0xy\0\0" + b"z" * 32761 + b"\0"),
+    ],
+)
+def test_a_windows_runs_are_joined_over_one_zero(runs: list[tuple[int, int]], window: bytes) -> None:
+    numbers, at = split_record(record := pack_window(window))
+    assert [*zip(numbers[::2], numbers[1::2], strict=True)] == runs
+    assert record[at:] == b"".join(window[start : start + length] for start, length in runs)
 
 
 NAMES = st.binary(min_size=1, max_size=12).filter(lambda name: name not in (b".", b"..") and not set(name) & {0, 47})
