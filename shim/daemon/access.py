@@ -13,13 +13,14 @@ from shim import log
 from shim.archive.source import ArchiveBytes
 from shim.cache.layer import CachedLayer
 from shim.errors import IntegrityError, RegistryError, ShimError
-from shim.index.model import Compression
+from shim.index.model import Compression, Restart, Spans
 from shim.layers.inflate import compressed_range, inflate_spans
 from shim.registry.client import RegistryClient
 from shim.registry.ref import ImageRef
 
 _THREADS = 8
 _PAUSE = 0.25  # seconds between attempts, doubling up to a second
+_ZEROS = 256 << 20  # bytes of zeros hashed at most, which takes less than half a second, to tell spans of them
 _NEAR = 8  # spans from the start, where a stream has no restart points
 
 
@@ -39,7 +40,8 @@ class Access:
     an image that was let in once needs no registry as long as the layer stays in the cache.
 
     Another registry's word is worth nothing, it may be an attacker's: one that the layer never came from must show that
-    it has it. One span, chosen at random, is fetched from there and hashed. Nothing is asked twice when nothing of the
+    it has it. One span, chosen at random among those that are not all zeros, is fetched from there and hashed; who
+    knows the length of a layer of nothing but zeros has it. Nothing is asked twice when nothing of the
     layer is cached yet: then only its own registry's bytes can come.
 
     Threads: any. Holds no lock while it asks. A registry that is away is asked again until the deadline.
@@ -110,11 +112,10 @@ class Access:
     def _prove(self, image: ImageRef, held: Held, end: float) -> None:
         """Fetch one span of the layer from the image's own repository. Raises IntegrityError when it is not right."""
         spans = held.cached.spans
-        if not spans.count:
+        chosen = _telling(spans, _near_restarts(spans))
+        if chosen is None:
             return
-        chosen = random.randrange(spans.count)  # noqa: S311  the registry sees it only when it must answer
         first = spans.restart(chosen)
-        chosen = min(chosen, first + _NEAR)
         start, stop = compressed_range(spans, first, chosen + 1)
         with self._client.open_blob(image, held.digest, start, stop, deadline=end) as stream:
             for _ in inflate_spans(spans, held.compression, first, stream, chosen + 1):
@@ -129,8 +130,8 @@ class Access:
         if self._policy == "if-cached" or cached.access.has(archive.reader.place):
             return
         spans = cached.spans
-        if cached.cached_bytes and spans.count:
-            chosen = random.randrange(spans.count)  # noqa: S311  as in `_prove`
+        chosen = _telling(spans, range(spans.count)) if cached.cached_bytes else None
+        if chosen is not None:
             data = archive.read(spans.ustart(chosen), spans.ustart(chosen + 1))
             if sha256(data).digest() != spans.digest(chosen):
                 raise IntegrityError(
@@ -139,6 +140,37 @@ class Access:
                 )
         if archive.is_remote:
             cached.allow(archive.reader.place)
+
+
+def _near_restarts(spans: Spans) -> list[int]:
+    """The spans that can be had without inflating many others."""
+    near, first = [], 0
+    for number in range(spans.count):
+        if spans.kind(number) != Restart.CONTINUE:
+            first = number
+        if number - first <= _NEAR:
+            near.append(number)
+    return near
+
+
+def _telling(spans: Spans, among: Sequence[int]) -> int | None:
+    """One of the spans, at random, whose bytes nobody can make up from its length: not all zeros. None: there is none.
+
+    Lengths are mostly few, and each is hashed once. Beyond _ZEROS such bytes a span may be one of zeros.
+    """
+    zeros: dict[int, bytes] = {}
+    left, unknown = _ZEROS, None
+    for number in random.sample(among, len(among)):  # unseen by the registry until it must answer
+        length = spans.ustart(number + 1) - spans.ustart(number)
+        if length not in zeros:
+            if length > left:
+                unknown = number
+                continue
+            left -= length
+            zeros[length] = sha256(bytes(length)).digest()
+        if spans.digest(number) != zeros[length]:
+            return number
+    return unknown
 
 
 def reference(image: ImageRef, digest: str) -> str:
