@@ -18,7 +18,8 @@ trap 'rm -rf "$root$place"' EXIT
 
 if [ -e "$config" ] && [ ! -e "$root/etc/clip-shim/config.yaml" ]; then
     mkdir -p "$root/etc/clip-shim"
-    cp "$config" "$root/etc/clip-shim/config.yaml"
+    cp "$config" "$root/etc/clip-shim/.config.yaml" # whole, or not there
+    mv "$root/etc/clip-shim/.config.yaml" "$root/etc/clip-shim/config.yaml"
 fi
 if node sh -c 'command -v dpkg >/dev/null'; then
     cp "$packages"/*.deb "$root$place/"
@@ -29,11 +30,16 @@ else
     node sh -c "dnf install -y $place/*.rpm || rpm --upgrade --replacepkgs $place/*.rpm"
 fi
 
+due=$root/run/clip-shim-restart-$engine # remembers that the engine has not read its file yet, should this end here
 changes=$(node clip-shim install "$engine" --dry-run)
-node clip-shim install "$engine"
 if [ -n "$(printf '%s' "$changes" | grep '^[-+]' || true)" ]; then
+    touch "$due"
+fi
+node clip-shim install "$engine"
+if [ -e "$due" ]; then
     # pods that run go on: their shims are not the engine's children
     node systemctl restart "$engine"
+    rm "$due"
 fi
 node systemctl try-restart clip-shim.service || true
 

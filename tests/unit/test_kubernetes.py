@@ -71,11 +71,15 @@ def test_the_nodes_configuration_is_valid(tmp_path: Path) -> None:
     assert load(tmp_path / "config.yaml", env={})["trust.registries"] == ("*",)
 
 
-def node_install(tmp_path: Path, doctor: int = 0, changed: bool = True) -> tuple[int, list[str]]:
-    """Run the script with a node that only writes down what it is told: (exit code, its commands)."""
+def node_install(
+    tmp_path: Path, doctor: int = 0, changed: bool = True, fails: str = "nothing"
+) -> tuple[int, list[str]]:
+    """Run the script with a node that only writes down what it is told: (exit code, its commands). fails: a part of a
+    command that does."""
     tools, node = tmp_path / "bin", tmp_path / "node"
     for path in (tools, node / "run", tmp_path / "packages"):
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "said").unlink(missing_ok=True)
     (tmp_path / "packages/clip-shim_1_amd64.deb").write_text("")
     (tmp_path / "config.yaml").write_text("{}\n")
     diff = "+  clip" if changed else "already"
@@ -84,7 +88,7 @@ def node_install(tmp_path: Path, doctor: int = 0, changed: bool = True) -> tuple
 while [ "$1" != -- ]; do shift; done
 shift
 echo "$*" >>{tmp_path}/said
-case "$*" in *--dry-run) echo "{diff}";; *doctor*) exit {doctor};; esac
+case "$*" in *--dry-run) echo "{diff}";; *doctor*) exit {doctor};; *"{fails}"*) exit 1;; esac
 """
     )
     (tools / "nsenter").chmod(0o755)
@@ -119,3 +123,14 @@ def test_node_install_ends_as_the_doctor_says(tmp_path: Path, doctor: int, code:
     ended, said = node_install(tmp_path, doctor, changed=False)
     assert ended == code
     assert "systemctl restart containerd" not in said
+
+
+@pytest.mark.parametrize("fails", ["install containerd", "systemctl restart"])
+def test_node_install_that_ended_in_the_middle_is_finished(tmp_path: Path, fails: str) -> None:
+    """The engine's file is right then, but the engine has not read it."""
+    assert node_install(tmp_path, fails=fails)[0] == 1
+    code, said = node_install(tmp_path, changed=False)
+    assert code == 0
+    assert "systemctl restart containerd" in said
+    assert "systemctl restart containerd" not in node_install(tmp_path, changed=False)[1]
+    assert list((tmp_path / "node/run").iterdir()) == []

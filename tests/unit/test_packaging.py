@@ -13,6 +13,7 @@ import yaml
 
 from shim import settings
 from shim.cli.main import VERBS
+from shim.install.engines import ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
 MONITORING = ROOT / "packaging/monitoring"
@@ -61,6 +62,21 @@ def test_maintainer_scripts_are_valid(name: str) -> None:
     path = ROOT / "packaging/scripts" / name
     assert subprocess.run(["sh", "-n", path]).returncode == 0
     assert path.stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES.keys() - {"podman-hooks"}))
+def test_a_removal_names_the_files_that_install_wrote(engine: str, tmp_path: Path) -> None:
+    config = tmp_path / str(ENGINES[engine].config).lstrip("/")
+    config.parent.mkdir(parents=True)
+    config.write_text("/usr/lib/clip-shim/libexec/clip-shim-runtime")
+    script = (ROOT / "packaging/scripts/preremove").read_text()
+    for place in ("/etc/", "/run/systemd", "/usr/lib/"):
+        script = script.replace(place, f"{tmp_path}{place}")
+    done = subprocess.run(
+        ["sh", "-s", "remove"], input=script, capture_output=True, text=True, env={"CLIP_SHIM_FORCE": "1"}
+    )
+    assert done.returncode == 0
+    assert f"{config} still names it" in done.stderr
 
 
 def test_alert_rules() -> None:
