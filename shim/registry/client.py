@@ -10,9 +10,11 @@ Protocol: OCI distribution-spec 1.1 ("Pulling manifests", "Pulling blobs"), whic
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
@@ -23,8 +25,8 @@ from shim.registry.credentials import CredentialStore
 from shim.registry.endpoint import Call, Endpoint
 from shim.registry.hooks import Counters, Hooks
 from shim.registry.hosts import CERTS_DIRS, PULL, RESOLVE, Hosts
+from shim.registry.images import ImageFinder
 from shim.registry.manifest import OCI_INDEX, Descriptor, Document, Manifest
-from shim.registry.platform import Platform
 from shim.registry.ref import ImageRef, check_digest
 from shim.registry.retry import RetryPolicy, pause
 from shim.registry.stream import BlobStream, check_range
@@ -34,11 +36,11 @@ __all__ = ["BlobStream", "Descriptor", "Document", "Manifest", "RegistryClient"]
 
 MAX_CONFIG = 8 << 20  # bytes of an image config
 MAX_DISCARD = 4 << 30
-MAX_DEPTH = 3  # indexes inside indexes
-MAX_FETCHED = 24  # manifests fetched for one resolve
 MAX_REGISTRIES = 1024
+MAX_PAGES = 16  # of a list of referrers; what stands behind is not looked at
 AWAY_SECONDS = 30.0
 _NO_HEAD = (400, 405, 501)
+_NEXT = re.compile(r"""<([^<>]*)>[^<]*;\s*rel\s*=\s*"?next(?![\w.-])""", re.IGNORECASE)  # RFC 8288
 
 T = TypeVar("T")
 
@@ -100,7 +102,7 @@ class RegistryClient:
         """
         wanted = platforms.parse(platform)
         document = self.manifest(ref)
-        return _Resolver(self, ref, wanted, strict=bool(platform), hooks=self._hooks).resolve(document)
+        return ImageFinder(self, ref, wanted, strict=bool(platform), hooks=self._hooks).find(document)
 
     def manifest(self, ref: ImageRef) -> Document:
         """The manifest or index that `ref` names, verified against its digest if it has one."""
@@ -120,20 +122,30 @@ class RegistryClient:
 
         return self._over_hosts(ref, capability, read, None)[1]
 
-    def referrers(self, ref: ImageRef, artifact_type: str) -> Document:
-        """What the registry lists as referring to `ref`'s digest. RegistryError (404 …) from one without that API."""
+    def referrers(self, ref: ImageRef, artifact_type: str) -> list[Document]:
+        """What the registry lists as referring to `ref`'s digest, page by page, MAX_PAGES at most.
+
+        RegistryError (404 …) from one without that API."""
         query = urlencode({"artifactType": artifact_type})
         path = f"referrers/{ref.digest}"
         call = Call("GET", ref.repository, path, "manifest", (("Accept", OCI_INDEX),), target=f"{path}?{query}")
 
-        def read(endpoint: Endpoint, deadline: float | None) -> Document:
-            response = endpoint.request(call, deadline)
-            _must_be_whole(response, f"what refers to {ref}")
-            raw = response.read_all(manifests.MAX_MANIFEST)
-            kind = manifests.media_type_of(raw, response.headers.get("Content-Type"), f"the referrers of {ref}")
-            if kind != OCI_INDEX:
-                raise NotFoundError(f"{endpoint.name} does not list referrers", status=404)
-            return Document(manifests.hash_of(raw), kind, raw)
+        def read(endpoint: Endpoint, deadline: float | None) -> list[Document]:
+            pages: list[Document] = []
+            page = call
+            while len(pages) < MAX_PAGES:
+                response = endpoint.request(page, deadline)
+                _must_be_whole(response, f"what refers to {ref}")
+                raw = response.read_all(manifests.MAX_MANIFEST)
+                kind = manifests.media_type_of(raw, response.headers.get("Content-Type"), f"the referrers of {ref}")
+                if kind != OCI_INDEX:
+                    raise NotFoundError(f"{endpoint.name} does not list referrers", status=404)
+                pages.append(Document(manifests.hash_of(raw), kind, raw))
+                following = _NEXT.search(response.headers.get("Link", ""))
+                if following is None:
+                    break
+                page = replace(call, target=endpoint.target(response.url, following[1]))
+            return pages
 
         return self._over_hosts(ref, PULL, read, None)[1]
 
@@ -317,75 +329,3 @@ def _sound_digest(text: str | None) -> str | None:
         return check_digest(text) if text else None
     except ShimError:
         return None
-
-
-class _Resolver:
-    """Finds one platform's image in what a reference names. Bounded in depth and in manifests fetched."""
-
-    def __init__(self, client: RegistryClient, ref: ImageRef, wanted: Platform, *, strict: bool, hooks: Hooks) -> None:
-        self._client = client
-        self._ref = ref
-        self._wanted = wanted
-        self._strict = strict
-        self._hooks = hooks
-        self._fetched = 0
-
-    def resolve(self, document: Document) -> Manifest:
-        if not document.is_index:
-            found = self._image(document, None)
-            actual = platforms.parse(found.platform)
-            if not platforms.matches(self._wanted, actual):
-                if self._strict:
-                    raise manifests.no_platform(str(self._ref), self._wanted, [actual])
-                self._hooks.warn(f"{self._ref} is for {actual}, this machine is {self._wanted}")
-            return found
-        offered: list[Platform] = []
-        chosen = self._search(document, document.digest, offered, 1)
-        if chosen is None:
-            raise manifests.no_platform(str(self._ref), self._wanted, offered)
-        return chosen
-
-    def _search(self, index: Document, outermost: str, offered: list[Platform], depth: int) -> Manifest | None:
-        entries = manifests.parse_index(index, f"the index of {self._ref}")
-        images = [entry for entry in entries if entry.media_type not in manifests.INDEXES]
-        offered += [entry.platform for entry in images if entry.platform is not None]
-        entry = platforms.choose(self._wanted, [(image.platform, image) for image in images])
-        if entry is not None:
-            return self._image(self._fetch(entry), outermost, entry.platform)
-        # containerd looks into what does not say its platform
-        for image in images:
-            if image.platform is None and image.media_type in manifests.MANIFESTS:
-                found = self._image(self._fetch(image), outermost)
-                offered.append(platforms.parse(found.platform))
-                if platforms.matches(self._wanted, offered[-1]):
-                    return found
-        for nested in entries:
-            if nested.media_type in manifests.INDEXES and depth < MAX_DEPTH:
-                found_below = self._search(self._fetch(nested), outermost, offered, depth + 1)
-                if found_below is not None:
-                    return found_below
-        return None
-
-    def _fetch(self, entry: Descriptor) -> Document:
-        self._fetched += 1
-        if self._fetched > MAX_FETCHED:
-            raise RegistryError(f"the index of {self._ref} leads to more than {MAX_FETCHED} manifests")
-        if entry.size > manifests.MAX_MANIFEST:
-            raise RegistryError(f"a manifest of {self._ref} has {entry.size} bytes, more than registries accept")
-        try:
-            document = self._client.manifest(self._ref.with_digest(entry.digest))
-        except NotFoundError as error:
-            error.args = (f"{error}: the index of {self._ref} names it, so the image was pushed incompletely",)
-            raise
-        if len(document.raw) != entry.size:
-            raise IntegrityError(f"manifest {entry.digest} of {self._ref} does not have the size its index says")
-        return document
-
-    def _image(self, document: Document, outermost: str | None, stated: Platform | None = None) -> Manifest:
-        what = f"the manifest of {self._ref}"
-        if document.is_index:
-            raise RegistryError(f"{what} is an index where an image was due")
-        config, layers = manifests.parse_manifest(document, what)
-        raw = self._client.blob(self._ref, config, MAX_CONFIG)
-        actual = stated or manifests.config_platform(raw, f"the config of {self._ref}") or self._wanted
-        return Manifest(document.digest, document.media_type, document.raw, config, layers, str(actual), outermost, raw)

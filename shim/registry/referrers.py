@@ -23,14 +23,14 @@ def referrers(client: RegistryClient, image: ImageRef, artifact_type: str) -> li
     Raises RegistryError and IntegrityError.
     """
     assert image.digest is not None
-    document: Document | None
     try:
-        document = client.referrers(image, artifact_type)
+        pages = client.referrers(image, artifact_type)
     except RegistryError as error:
         if error.status not in _UNKNOWN:
             raise
-        document = _tagged(client, image)
-    return [] if document is None else [found for found, kind in _entries(document) if kind == artifact_type]
+        tagged = _tagged(client, image)
+        pages = [] if tagged is None else [tagged]
+    return [found for page in pages for found, kind in _entries(page) if kind == artifact_type]
 
 
 def attach(client: RegistryClient, image: ImageRef, raw: bytes, artifact_type: str, annotations: dict[str, str]) -> str:

@@ -15,7 +15,8 @@ import pytest
 from shim import settings
 from shim.errors import AbsentError, AuthError, IndexFormatError, ShimError, StoreError, UsageError
 from shim.index import codec
-from shim.registry.client import RegistryClient
+from shim.registry.client import MAX_PAGES, RegistryClient
+from shim.registry.manifest import OCI_INDEX, OCI_MANIFEST
 from shim.registry.ref import ImageRef
 from shim.registry.referrers import referrers
 from shim.settings import Settings
@@ -195,6 +196,44 @@ def test_a_registry_with_the_referrers_api_is_asked_by_it(registry: Registry, tm
         server.faults.add("GET", r"/referrers/", status=200, body=body)
         assert found_in(OciStore(client), there) == (tmp_path / "a.clip").read_bytes()
         assert server.count("GET", r"/manifests/sha256-") == 0
+
+
+def test_a_list_of_referrers_is_read_page_by_page(tmp_path: Path) -> None:
+    """OCI distribution-spec 1.1 "Listing Referrers": a Link header leads on."""
+    digests = ["sha256:" + f"{number:064x}" for number in range(MAX_PAGES + 4)]
+    with FaultServer() as server, FaultServer() as other:
+        image = ImageRef(server.host, "api", "v1", digests[0])
+        path = f"/v2/api/referrers/{image.digest}"
+
+        def page(number: int, link: str | None, at: str = "", where: FaultServer = server) -> None:
+            entry = {"mediaType": OCI_MANIFEST, "digest": digests[number], "size": 1, "artifactType": INDEX_TYPE}
+            index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]}
+            headers = {"Content-Type": OCI_INDEX, **({} if link is None else {"Link": link})}
+            pattern = f"{path}.*{at or '[?]artifactType=[^&]*$'}"
+            where.faults.add("GET", pattern, status=200, body=json.dumps(index).encode(), headers=headers)
+
+        def listed() -> list[str]:
+            return [item.digest for item in referrers(make_client(tmp_path), image, INDEX_TYPE)]
+
+        page(0, f'<{path}?artifactType=x&last=1>; rel="next"')
+        page(1, f'<?last=2>; title="a"; rel=next, <{path}>; rel="first"', "last=1")
+        page(2, f'<{path}>; rel="prev", <{server.url}{path}?last=3>; rel="next"', "last=2")
+        page(3, f'<{path}?last=4>; rel="nextish"', "last=3")
+        assert listed() == digests[:4]
+        server.faults.clear()
+        for number in range(len(digests)):
+            page(number, f'<{path}?last={number + 1}.>; rel="next"', f"last={number}[.]" if number else "")
+        assert listed() == digests[:MAX_PAGES]
+        server.faults.clear()
+        page(0, f'<{path}?last=1>; rel="next"')
+        server.faults.add("GET", "last=1", status=403)
+        with pytest.raises(AuthError):
+            listed()
+        server.faults.clear()
+        page(0, f'<{other.url}{path}?last=1>; rel="next"')
+        page(1, None, "last=1", other)
+        assert listed() == digests[:2]
+        assert "authorization" not in other.requests()[0].headers
 
 
 def test_s3_by_url(s3: S3, registry: Registry, tmp_path: Path) -> None:
