@@ -1,7 +1,7 @@
 """What to take out of the cache: a plan made of facts (sizes, last use, who uses what), without touching anything.
 
 Three reasons, in this order:
-    age     nobody has used it for `max_age`; only what nobody uses now
+    age     nobody has used it for `max_age`, as far as the clock can be believed (clock.py); only what nobody uses now
     size    everything together takes more than `max_bytes`
     space   the disk has less than `free_low` free (or refused a write): until `free_high` is free
 
@@ -32,6 +32,8 @@ class Limits:
     max_age: float = 0.0
     free_low: float = 0.0
     free_high: float = 0.0
+    age_from: float = 0.0  # what was used before this time counts as used then, for max_age
+    asked: bool = False  # a person gave max_age, and means it by the clock as it is
     full: bool = False  # the disk refused a write: FULL_BYTES are freed whatever statvfs says
 
 
@@ -89,7 +91,7 @@ class _Planner:
         busy = [item for item in oldest_first if item.in_use and item.kind == "layer" and item.can_refetch]
         low, high = self._watermarks(limits, disk)
         for item in list(idle):
-            if limits.max_age and now - item.last_used > limits.max_age:
+            if limits.max_age and now - max(item.last_used, limits.age_from) > limits.max_age:
                 self._take(item, item.size, "age")
                 idle.remove(item)
         for item in idle:

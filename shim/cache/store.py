@@ -113,6 +113,7 @@ class LayerCache:
 
         STATE/cache/lock     exclusive flock for as long as the daemon lives; the kernel frees it when it dies
         STATE/cache/clean.lock   see `cleaners_turn`
+        STATE/cache/clock    see clock.py
         STATE/cache/<name>/  see CachedLayer
 
     Threads: any may call any method. One of its own flushes dirty layers FLUSH_SECONDS after the first change.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shim import log
-from shim.cache import discard
+from shim.cache import clock, discard
 from shim.cache import layer as states
 from shim.cache.clean import Item, Limits, Report, Shelf, clean, disk_of
 from shim.cache.layer import CachedLayer
@@ -48,8 +48,15 @@ def limits(settings: Settings, given: Mapping[str, float], *, full: bool = False
         max_age=asked.get("max_age", settings["cache.max_age"]),
         free_low=settings["cache.free_low"],
         free_high=settings["cache.free_high"],
+        asked="max_age" in given,
         full=full,
     )
+
+
+def _by_the_clock(settings: Settings, wanted: Limits, *, dry_run: bool) -> Limits:
+    """The lock of the cache is held, by the daemon or us."""
+    believed = clock.look(settings.state_dir / "cache", settings["cache.max_age"], note=not dry_run)
+    return wanted if wanted.asked else replace(wanted, age_from=believed)
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -221,6 +228,7 @@ def clean_offline(settings: Settings, wanted: Limits, *, dry_run: bool) -> Repor
         held.enter_context(cleaners_turn(state / "cache"))
         lock = take_lock(state / "cache")
         held.callback(os.close, lock)
+        wanted = _by_the_clock(settings, wanted, dry_run=dry_run)
         report = clean(shelf, wanted, time.time(), state / "cache", dry_run=dry_run)
     if dry_run:
         return report
@@ -249,6 +257,7 @@ class Cleaner:
                 discard.sweep(self._state / "cache")
                 discard.sweep(self._state / "trees")
                 self._stamp()
+            wanted = _by_the_clock(self._settings, wanted, dry_run=dry_run)
             report = clean(self._shelf, wanted, time.time(), self._state / "cache", dry_run=dry_run)
         if report.done and not dry_run:
             log.info("cache cleaned", freed=report.freed, items=len(report.done), cache_bytes=report.cache_bytes)
@@ -273,14 +282,18 @@ class Cleaner:
         return as_json(self.run(limits(self._settings, given), dry_run=bool(request.get("dry_run"))))
 
     def _stamp(self) -> None:
-        """What is in use counts as used, also when its containers read nothing: after a reboot it is not stale."""
+        """What is in use counts as used, also when its containers read nothing: after a reboot it is not stale. What
+        was used in the future, when the clock was wrong, was used by now."""
         now = time.time()
         for item in self._shelf.items():
-            if item.in_use and now - item.last_used > _STAMP_SECONDS:
+            ago = now - item.last_used
+            if ago < -_STAMP_SECONDS or (item.in_use and ago > _STAMP_SECONDS):
                 touch(self._state / ("cache" if item.kind == "layer" else "trees") / item.name)
 
     def loop(self, full: threading.Event, stopping: threading.Event) -> None:
         """Run until `stopping`; `full` is set when the disk refused a write, and when the daemon stops."""
+        with self._turn:  # at boot the clock may be wrong still: noted before anything is used by it
+            clock.look(self._state / "cache", self._settings["cache.max_age"], note=True)
         while not stopping.is_set():
             is_full = full.wait(PERIOD)
             if stopping.is_set():

@@ -210,6 +210,51 @@ def test_a_start_counts_as_use(server: FaultServer) -> None:
         assert images_gone == {f"{server.host}/small:latest"}
 
 
+@pytest.mark.parametrize("with_daemon", [True, False])
+def test_a_clock_that_goes_ahead_makes_nothing_old(server: FaultServer, with_daemon: bool) -> None:
+    """By the cleaner's note and by the files' times it did, by 100 days; then 31 days really pass."""
+    day = 86400
+
+    def go_on(days: int, *, really: bool) -> None:
+        note = json.loads((host.state_dir / "cache/clock").read_text())
+        for key in ("wall", "up", "believed") if really else ("wall",):
+            note[key] -= days * day
+        (host.state_dir / "cache/clock").write_text(json.dumps(note))
+        for meta in host.state_dir.glob("*/*/meta.json"):
+            when = meta.stat().st_mtime - days * day
+            os.utime(meta, (when, when))
+
+    with Host(settings=LINGER) as host:
+        host.trust_registry(server.host)
+        child = host.start_daemon()
+        acquire(host, host.index(f"{server.host}/small:latest", "small"))
+        wait_for("the tree is unmounted", lambda: not host.status()["layers"])
+        wait_for("the clocks are noted", (host.state_dir / "cache/clock").exists)
+        if not with_daemon:
+            child.terminate()
+            child.wait(30)
+        go_on(100, really=False)
+        assert clean(host)["removed"] == []
+        assert clean(host)["removed"] == []
+        assert removed(clean(host, "--max-age", "90d", "--dry-run"))["tree"] == 1  # a person sees the clock
+        go_on(31, really=True)
+        assert removed(clean(host))["tree"] == 1
+
+
+def test_what_was_used_in_the_future_was_used_by_now(server: FaultServer) -> None:
+    with Host(settings=LINGER) as host:
+        host.trust_registry(server.host)
+        host.start_daemon()
+        acquire(host, host.index(f"{server.host}/small:latest", "small"))
+        wait_for("the tree is unmounted", lambda: not host.status()["layers"])
+        metas = list(host.state_dir.glob("*/*/meta.json"))
+        for meta in metas:
+            os.utime(meta, (time.time() + 1e8,) * 2)
+        clean(host)
+        assert metas
+        assert max(meta.stat().st_mtime for meta in metas) <= time.time()
+
+
 def test_a_full_disk_wakes_it(server: FaultServer) -> None:
     """STATE/cache is a disk of 12 MB: what is idle there makes room for what is read now."""
     with Host(settings=LINGER) as host:
