@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
 from shim.errors import StoreError
+from shim.index import container
 from shim.registry.ref import ImageRef
 from shim.stores.base import digest_name, name_of
 
@@ -38,11 +40,15 @@ class DirectoryStore:
     def find(self, image: ImageRef, out: BinaryIO) -> bool:
         return self.fetch(name_of(image), out)
 
-    def fetch(self, name: str, out: BinaryIO) -> bool:
-        """Write the file called `name`; False if there is none."""
+    def fetch(self, name: str, out: BinaryIO, *, limit: int = container.MAX_FILE) -> bool:
+        """Write the file called `name`; False if there is none. StoreError when it is longer than `limit` bytes."""
         fd = self.open(name)
         if fd is None:
             return False
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > limit:
+            os.close(fd)
+            raise StoreError(f"{self._root / name} is no regular file of at most {limit} bytes")
         with open(fd, "rb") as file:
             shutil.copyfileobj(file, out, 1 << 20)
         return True

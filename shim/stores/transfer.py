@@ -118,7 +118,7 @@ class Stores:
         if isinstance(place, OciPlace):
             ref = place.ref if place.ref.tag or place.ref.digest else ImageRef.parse(place.ref.name, local_paths=False)
             return self.oci.pull(ref, out, known=known, limit=limit)
-        if not DirectoryStore(place.path.parent).fetch(place.path.name, out):
+        if not DirectoryStore(place.path.parent).fetch(place.path.name, out, limit=limit):
             raise AbsentError(f"there is no file {place.path}")
         return ""
 

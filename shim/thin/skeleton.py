@@ -9,6 +9,7 @@ directory, every symlink, and the files an engine reads. Pure: no I/O but on the
 from __future__ import annotations
 
 import posixpath
+import re
 import stat
 import tarfile
 from collections.abc import Callable, Iterable
@@ -24,6 +25,7 @@ from shim.runtime.reference import MARKER, MARKER_DIR
 _DIR, _MARKER = b"/" + MARKER_DIR.encode(), MARKER.encode()
 READ_BY_ENGINES = (b"/etc/passwd", b"/etc/group")
 MAX_LINKS = 40  # symlinks followed for one path: the kernel's bound
+_HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # all but what stands for bytes that are no UTF-8
 MAX_STEPS = 2_000_000  # path components walked, all in all: symlink mazes end here
 
 _TYPES = {
@@ -216,5 +218,7 @@ def _text(raw: bytes) -> str:
 
 
 def clean(volume: str) -> bytes:
-    """A path of an image config's `Volumes` as engines take it: from the root, without `.`, `..` and double slashes."""
-    return posixpath.normpath("/" + volume.lstrip("/")).encode("utf-8", "surrogateescape")
+    """A path of an image config's `Volumes` as engines take it: from the root, without `.`, `..` and double slashes.
+    Halves of surrogate pairs, which JSON can have, are no characters: for Go neither."""
+    path = posixpath.normpath("/" + volume.lstrip("/"))
+    return _HALVES.sub("\ufffd", path).encode("utf-8", "surrogateescape")

@@ -184,7 +184,10 @@ def test_a_maze_of_links_ends() -> None:
 
 @pytest.mark.parametrize(
     ("written", "taken"),
-    [("/data/", b"/data"), ("data", b"/data"), ("//a//b/../c", b"/a/c"), ("/../..", b"/"), ("/é", "/é".encode())],
+    [
+        ("/data/", b"/data"), ("data", b"/data"), ("//a//b/../c", b"/a/c"), ("/../..", b"/"), ("/é", "/é".encode()),
+        ("/a\ud800b", "/a\ufffdb".encode()), ("/a\udcff", b"/a\xff"),
+    ],
 )  # fmt: skip
 def test_names_of_volumes(written: str, taken: bytes) -> None:
     assert clean(written) == taken
