@@ -11,10 +11,11 @@ import stat
 import struct
 from dataclasses import dataclass
 
+from shim.runtime.reference import is_opaque
+
 _LINKS_MAX = 40  # fs/namei.c: MAXSYMLINKS
 _HEAD = 4096
 _INTERPRETER_MAX = 4096
-_OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
 _PT_INTERP = 3  # elf(5)
 
 
@@ -77,7 +78,7 @@ class RootView:
                 if number < len(names) - 1:
                     if not stat.S_ISDIR(info.st_mode):
                         return None
-                    opaque = opaque or _is_opaque(here)
+                    opaque = opaque or is_opaque(here)
             else:
                 info = os.lstat(here)
                 target = os.readlink(here) if stat.S_ISLNK(info.st_mode) else ""
@@ -100,16 +101,6 @@ class RootView:
             return _elf_interpreter(fd, head)
         finally:
             os.close(fd)
-
-
-def _is_opaque(path: str) -> bool:
-    for name in _OPAQUE:
-        try:
-            if os.getxattr(path, name, follow_symlinks=False) == b"y":
-                return True
-        except OSError:
-            continue
-    return False
 
 
 def _elf_interpreter(fd: int, head: bytes) -> str | None:

@@ -30,6 +30,7 @@ _MERGES = (2, 1)  # from this version on drop-ins are merged; before, one replac
 _FILLS = (2, 0)  # from this version on a table `runtimes` adds to containerd's own; before, it takes their place
 _KEPT = "containerd's default, which a table without it would take away (clip-shim)"
 _STATE = "/run/containerd"
+_SECONDS = 20.0
 
 
 def install(config: Path, runtime: Runtime, *, force: bool) -> Plan:
@@ -144,7 +145,7 @@ def installed_version(program: str = PROGRAM) -> tuple[int, int] | None:
     path = next((path for path in paths if _is_roots(path)), None) or _which(program)
     if path is None:
         return None
-    match = re.search(r"\bv?(\d+)\.(\d+)\.\d+", _output([path, "--version"]) or "")
+    match = re.search(r"\bv?(\d+)\.(\d+)\.\d+", running.output([path, "--version"], _SECONDS) or "")
     return (int(match[1]), int(match[2])) if match else None
 
 
@@ -157,17 +158,6 @@ def _is_roots(path: str) -> bool:
 
 def _which(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/bin:/usr/local/sbin")
-
-
-def _output(command: list[str]) -> str | None:
-    """stdout, None if it fails."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=20, check=False, stdin=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def _new(version: tuple[int, int] | None) -> bytes:
@@ -241,7 +231,7 @@ def _default(main: TomlFile, number: int, config: Path) -> Table:
     if found is None:
         program = _which(PROGRAM)
         words = ["--config", str(config), "config", "dump"] if config.exists() else ["config", "default"]
-        text = _output([program, *words]) if program else None
+        text = running.output([program, *words], _SECONDS) if program else None
         try:
             dumped = TomlFile(config, (text or "").encode())
             found = dumped.table(*_path(_number(dumped, new=True))).get(name)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
+from shim.install import running
 from shim.install.plan import Plan, Runtime, read
 from shim.install.runtimes import DROP_IN, RuntimeTable
 from shim.install.toml import TomlFile
@@ -26,6 +26,7 @@ _DROP_INS = (Path("/usr/share/containers/containers.conf.d"), Path("/etc/contain
 _SUPPORT_JSON = ["crun", "crun-vm", "runc", "kata", "runsc", "youki", "krun"]
 _RUNTIMES = ("engine", "runtimes")
 _DEFAULT = ("engine", "runtime")
+_SECONDS = 60.0
 _JSON = ("engine", "runtime_supports_json")
 
 
@@ -66,12 +67,12 @@ def users(_: Path, runtime: Runtime) -> list[str] | None:
     program = shutil.which(PROGRAM)
     if program is None:
         return None
-    names = _run([program, "container", "ls", "--all", "--quiet", "--no-trunc"])
+    names = running.output([program, "container", "ls", "--all", "--quiet", "--no-trunc"], _SECONDS)
     if names is None:
         return None
     if not names.split():
         return []
-    text = _run([program, "container", "inspect", *names.split()[:5000]])
+    text = running.output([program, "container", "inspect", *names.split()[:5000]], _SECONDS)
     try:
         items = json.loads(text or "")
         return [
@@ -87,16 +88,6 @@ def sources() -> list[Path]:
     """The files that podman reads as root, a later one over an earlier one (containers.conf(5))."""
     named = os.environ.get("CONTAINERS_CONF")
     return [Path(named)] if named else [*_SOURCES, *(p for d in _DROP_INS for p in sorted(d.glob("*.conf")))]
-
-
-def _run(command: list[str]) -> str | None:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=60, check=False, stdin=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def _supporting(config: Path) -> list[str]:

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import socket
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,18 @@ def started(pid: int) -> float:
     ticks = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
     up = float(Path("/proc/uptime").read_text().split()[0])  # not btime of /proc/stat, which has whole seconds
     return time.time() - up + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def output(command: list[str], seconds: float) -> str | None:
+    """What a program prints; None if it fails, is not there or takes longer."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 class _UnixConnection(http.client.HTTPConnection):

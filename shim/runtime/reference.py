@@ -211,7 +211,7 @@ def find_marker(lowers: list[bytes]) -> Reference | None:
         try:
             status = os.lstat(lower + MARKER.encode())
         except OSError:
-            if _is_opaque(os.path.join(lower, MARKER_DIR.encode())):
+            if is_opaque(os.path.join(lower, MARKER_DIR.encode())):
                 return None
             continue
         if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
@@ -220,7 +220,8 @@ def find_marker(lowers: list[bytes]) -> Reference | None:
     return None
 
 
-def _is_opaque(path: bytes) -> bool:
+def is_opaque(path: str | bytes) -> bool:
+    """Whether a directory of an overlay's layer hides what is below it in lower ones."""
     for name in (b"trusted.overlay.opaque", b"user.overlay.opaque"):
         try:
             if os.getxattr(path, name, follow_symlinks=False) == b"y":
