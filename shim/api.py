@@ -13,6 +13,7 @@ from any thread, one call at a time. Stable: names and arguments here change onl
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,11 +92,17 @@ def create_from_oci_image(
     hooks = Hooks() if warn is None else Hooks(warn=warn)
     client = RegistryClient((settings or settings_module.load())["registries"], hooks=hooks)
     report = None if progress is None else lambda _layer, done, total: progress(done, total)
-    try:
-        index = build_index(ref, client, platform=platform, checkpoint_mib=checkpoint_mib, progress=report, warn=warn)
-    finally:
-        client.close()
-    data = codec.encode(index)
+    with codec.Encoder() as encoder, closing(client):
+        index = build_index(
+            ref,
+            client,
+            platform=platform,
+            checkpoint_mib=checkpoint_mib,
+            progress=report,
+            warn=warn,
+            on_layer=encoder.layer,
+        )
+        data = encoder.finish(index)
     if format == "clip":
         from shim.goclip.write import encode_v2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 
@@ -31,16 +32,17 @@ def index_image(settings: Settings, image: ImageRef, path: str) -> str:
     """
     client = registry_client(settings)
     cache = settings.state_dir / "cache"
-    try:
+    with codec.Encoder() as encoder, closing(client):
         index = build_index(
             image,
             client,
             warn=lambda line: log.warning("indexing", image=str(image), note=line),
             taps=lambda: Seed(cache, settings["cache.free_low"]),
+            on_layer=encoder.layer,
         )
-    finally:
-        client.close()
-    return codec.write_index(path, index)
+        data = encoder.finish(index)
+    codec.write_file(Path(path), data)
+    return codec.index_digest(data)
 
 
 def find_in_store(settings: Settings, url: str, image: ImageRef, path: str) -> bool:

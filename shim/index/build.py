@@ -58,11 +58,12 @@ def build_index(
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
     taps: Callable[[], Tap] | None = None,
+    on_layer: Callable[[Layer], None] | None = None,
 ) -> Index:
     """The index of the image that `ref` names, for `platform` (os/arch[/variant]; None: the host's).
 
     checkpoint_mib: uncompressed MiB between restart points, 1 to 64. warn: gets a line about what was left out. taps:
-    makes one for each layer that is streamed.
+    makes one for each layer that is streamed. on_layer: gets each layer, lowest first, while others are streamed.
     Raises RegistryError for what is no image; IntegrityError, naming the layer, when bytes are not what manifest and
     config promise; LayerError, naming the layer, when they are no layer. Bytes are verified before they are believed.
     """
@@ -80,8 +81,10 @@ def build_index(
                     f" the config says {diff_ids[number]}",
                     hint="the image itself is damaged: push it again, or name another reference",
                 )
-            merger.apply(scanned.entries, number)
             layers.append(layer_of(manifest.layers[number], scanned.result))
+            if on_layer is not None:
+                on_layer(layers[-1])
+            merger.apply(scanned.entries, number)
     tree = merger.finish()
     _refuse_thin(ref, tree)
     if merger.dropped and warn is not None:

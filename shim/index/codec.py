@@ -12,9 +12,10 @@ import mmap
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from shim.errors import IndexFormatError
@@ -57,42 +58,85 @@ def encode(index: Index) -> bytes:
 
     Raises IndexFormatError if `index` is not valid, or larger than the format allows.
     """
-    with container.Packer() as packer:
-        for tag, raw in _sections(index):
-            packer.add(tag, 0 if tag == PROFILE else container.MANDATORY, raw)
-        return packer.finish(tuple(LIMITS))
+    with Encoder() as encoder:
+        return encoder.finish(index)
+
+
+class Encoder:
+    """`encode` for a maker who has the layers one by one: what they need longest for, to compress the windows, is begun
+    with each. The file is the same. Use it in a `with` block."""
+
+    def __init__(self) -> None:
+        self._packer = container.Packer()
+        self._windows = spancodec.WindowEncoder()
+        self._pieces: list[container.Piece] = []
+        self._pending = b""  # runs' bytes that are too few for a piece of their own
+        self._layers = 0
+
+    def __enter__(self) -> Encoder:
+        self._packer.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._packer.__exit__(kind, error, trace)
+
+    def layer(self, layer: Layer) -> None:
+        """The next layer, lowest first. Raises IndexFormatError if its spans are not valid."""
+        validate_spans(layer, self._layers)
+        self._layers += 1
+        self._pending += self._windows.add(layer)
+        if len(self._pending) > container.PIECE // 2:
+            self._pieces += self._packer.pieces(self._pending)
+            self._pending = b""
+
+    def finish(self, index: Index) -> bytes:
+        """The file of `index`, whose layers begin with those that `layer` got. Raises IndexFormatError as `encode`."""
+        validate_head(index)
+        for layer in index.layers[self._layers :]:
+            self.layer(layer)
+        pieces = self._packer.pieces(self._windows.head()) + self._pieces
+        pieces += self._packer.pieces(self._pending) if self._pending else []
+        _check_size(WINDOWS, sum(len(piece.raw) for piece in pieces))
+        self._packer.add(WINDOWS, container.MANDATORY, pieces)
+        for tag, parts in _sections(index):
+            _check_size(tag, sum(map(len, parts)))
+            flags = 0 if tag == PROFILE else container.MANDATORY
+            self._packer.add(tag, flags, [piece for part in parts for piece in self._packer.pieces(part)])
+        return self._packer.finish(tuple(LIMITS))
 
 
 def raw_sections(index: Index) -> dict[bytes, bytes]:
     """The sections before compression, in file order: the same whatever the version of liblzma."""
-    found = dict(_sections(index))
-    return {tag: found[tag] for tag in LIMITS if tag in found}
-
-
-def _sections(index: Index) -> Iterator[tuple[bytes, bytes]]:
-    """Tag and raw bytes of each section, what takes longest to compress first. Raises IndexFormatError, also late."""
     validate_head(index)
     for number, layer in enumerate(index.layers):
         validate_spans(layer, number)
-    yield _checked(WINDOWS, spancodec.encode_windows(index.layers))
+    found = {tag: b"".join(parts) for tag, parts in _sections(index)}
+    found[WINDOWS] = spancodec.encode_windows(index.layers)
+    return {tag: found[tag] for tag in LIMITS if tag in found}
+
+
+def _sections(index: Index) -> Iterator[tuple[bytes, Sequence[bytes]]]:
+    """Tag and raw bytes of each section but WIND, what takes longest to compress first; the bytes in parts that have
+    little in common. Raises IndexFormatError, also late."""
     validate_tree(index.tree, [layer.uncompressed_size for layer in index.layers])
-    yield _checked(TREE, treecodec.encode_tree(index.tree, len(index.layers)))
-    yield _checked(SPANS, spancodec.encode_spans(index.layers))
-    yield _checked(CONFIG, index.config)
+    yield TREE, treecodec.encode_parts(index.tree, len(index.layers))
+    yield SPANS, [spancodec.encode_spans(index.layers)]
+    yield CONFIG, [index.config]
     counts = count_entries(index.tree), sum(map(_restarts, index.layers))
-    yield _checked(META, _encode_meta(index, *counts))
+    yield META, [_encode_meta(index, *counts)]
     if index.profile:
         profile.check(index.profile, [layer.spans.count for layer in index.layers])
-        yield _checked(PROFILE, profile.encode(index.profile))
+        yield PROFILE, [profile.encode(index.profile)]
     if index.archive is not None:
         archived.validate_archive(index)
-        yield _checked(ARCHIVE, archived.encode_archive(index.archive))
+        yield ARCHIVE, [archived.encode_archive(index.archive)]
 
 
-def _checked(tag: bytes, raw: bytes) -> tuple[bytes, bytes]:
-    if len(raw) > LIMITS[tag]:
-        raise IndexFormatError(f"the image is too large: section {tag.decode()} would take {len(raw)} bytes")
-    return tag, raw
+def _check_size(tag: bytes, size: int) -> None:
+    if size > LIMITS[tag]:
+        raise IndexFormatError(f"the image is too large: section {tag.decode()} would take {size} bytes")
 
 
 def decode(data: Data, *, tree: bool = True, spans: bool = True) -> Index:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from itertools import accumulate, islice, pairwise
+from operator import add, sub
 
 from shim.errors import IndexFormatError
-from shim.index.columns import join, pack, split, unpack
+from shim.index.columns import frame, join, pack, split, unpack
 from shim.index.model import WINDOW_SIZE, Layer, Restart, SpanTable
 from shim.index.sparse import MAX_RUNS, SparseWindows, make_record, records_of, split_record
 from shim.index.validate import MAX_SPANS
@@ -73,28 +74,45 @@ def decode_spans(raw: bytes, layers: int) -> list[SpanTable]:
     return tables
 
 
-def encode_windows(layers: list[Layer]) -> bytes:
-    """Section WIND of valid layers. `runs` has a number for each DEFLATE span: 0 for no window, else its runs + 1."""
-    runs: list[int] = []
-    gaps: list[int] = []
-    lengths: list[int] = []
-    data = bytearray()
-    for layer in layers:
+class WindowEncoder:
+    """Section WIND of layers that come one by one: all but its last column is `head`, which is known at the end."""
+
+    def __init__(self) -> None:
+        self._runs: list[int] = []
+        self._gaps: list[int] = []
+        self._lengths: list[int] = []
+        self._size = 0
+
+    def add(self, layer: Layer) -> bytes:
+        """The next (valid) layer's part of the last column, the runs' bytes."""
+        parts: list[bytes] = []
         for kind, record in zip(layer.spans.kinds, records_of(layer.spans.windows), strict=True):
             if kind != Restart.DEFLATE:
                 continue
             if not record:
-                runs.append(0)
+                self._runs.append(0)
                 continue
             numbers, at = split_record(record)
-            end = 0
-            for start, length in zip(numbers[::2], numbers[1::2], strict=True):
-                gaps.append(start - end)
-                lengths.append(length)
-                end = start + length
-            runs.append(len(numbers) // 2 + 1)
-            data += record[at:]
-    return join([pack(runs), pack(gaps), pack(lengths), bytes(data)])
+            starts, lengths = numbers[::2], numbers[1::2]
+            self._gaps += map(sub, starts, (0, *map(add, starts, lengths)))
+            self._lengths += lengths
+            self._runs.append(len(lengths) + 1)
+            parts.append(record[at:])
+        data = b"".join(parts)
+        self._size += len(data)
+        return data
+
+    def head(self) -> bytes:
+        """What comes before the last column."""
+        columns = pack(self._runs), pack(self._gaps), pack(self._lengths)
+        return frame([*map(len, columns), self._size]) + b"".join(columns)
+
+
+def encode_windows(layers: list[Layer]) -> bytes:
+    """Section WIND of valid layers. `runs` has a number for each DEFLATE span: 0 for no window, else its runs + 1."""
+    encoder = WindowEncoder()
+    data = b"".join([encoder.add(layer) for layer in layers])
+    return encoder.head() + data
 
 
 def decode_windows(raw: bytes, tables: list[SpanTable]) -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from shim.errors import IndexFormatError
-from shim.index.columns import join, pack, split, unpack, unzigzag, zigzag
+from shim.index.columns import frame, pack, split, unpack, unzigzag, zigzag
 from shim.index.model import BLOCK, Extent, Node, Tree
 from shim.index.validate import DEVICES, FILE_TYPE, MAX_ENTRIES, MAX_EXTENTS, MAX_PATH, MAX_XATTRS
 
@@ -117,8 +117,8 @@ class _Encoder:
             self._extents.append((extent, self._since))
             self._since = 0
 
-    def finish(self, layers: int) -> bytes:
-        """The section, after the last entry."""
+    def finish(self, layers: int) -> list[bytes]:
+        """The columns, after the last entry."""
         numbers = self.numbers
         for key in self._classes:
             numbers["classes"] += key
@@ -129,9 +129,7 @@ class _Encoder:
             ends[extent.layer] = extent.offset + extent.length
             numbers["extent_layers"].append(extent.layer)
             numbers["extent_offsets"].append(zigzag(error) << 1 | 1 if error % BLOCK else zigzag(error // BLOCK) << 1)
-        return join(
-            [bytes(self.blobs[name]) for name in BYTE_COLUMNS] + [pack(numbers[name]) for name in NUMBER_COLUMNS]
-        )
+        return [bytes(self.blobs[name]) for name in BYTE_COLUMNS] + [pack(numbers[name]) for name in NUMBER_COLUMNS]
 
 
 def _predict(end: int, entries: int, blocks: int) -> int:
@@ -154,6 +152,11 @@ def _header_blocks(extents: list[tuple[Extent, int]], layers: int) -> list[int]:
 
 def encode_tree(tree: Tree, layers: int) -> bytes:
     """Section TREE of a valid tree (`validate.validate_tree`) over `layers` layers."""
+    return b"".join(encode_parts(tree, layers))
+
+
+def encode_parts(tree: Tree, layers: int) -> tuple[bytes, bytes]:
+    """The section in two parts that have little in common and take about as long to compress: names, and the rest."""
     encoder = _Encoder()
     stack = [(b"", tree.root)]
     while stack:
@@ -161,7 +164,8 @@ def encode_tree(tree: Tree, layers: int) -> bytes:
         encoder.entry(name, node)
         if node.children:
             stack.extend(sorted(node.children.items(), reverse=True))
-    return encoder.finish(layers)
+    names, *others = columns = encoder.finish(layers)
+    return frame([*map(len, columns)]) + names, b"".join(others)
 
 
 class _Decoder:

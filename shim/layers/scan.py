@@ -80,7 +80,8 @@ class LayerScanner:
         self._diff_hash = hashlib.sha256()
         self._hash_stream = True  # False: both digests are the same (an uncompressed layer)
         self._size = 0
-        self._pending = bytearray()  # fed, not yet handed to the decoder
+        self._pending: list[bytes] = []  # fed, not yet handed to the decoder
+        self._pending_size = 0
         self._closed = False
         self._error: BaseException | None = None
         self._lock = Lock()
@@ -115,23 +116,19 @@ class LayerScanner:
         for start in range(0, len(view), self.piece_size):
             self._check()
             piece = view[start : start + self.piece_size]
-            if not self._pending and len(piece) >= self.piece_size:
-                self._hand_over(chunk if isinstance(chunk, bytes) and len(piece) == len(chunk) else bytes(piece))
-                continue
-            self._pending += piece
-            if len(self._pending) >= self.piece_size:
-                self._hand_over_pending()
+            self._pending.append(chunk if isinstance(chunk, bytes) and len(piece) == len(chunk) else bytes(piece))
+            self._pending_size += len(piece)
+            if self._pending_size >= self.piece_size:
+                self._hand_over()
 
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _hand_over_pending(self) -> None:
-        piece = bytes(self._pending)
+    def _hand_over(self) -> None:
+        piece = b"".join(self._pending)
         self._pending.clear()
-        self._hand_over(piece)
-
-    def _hand_over(self, piece: bytes) -> None:
+        self._pending_size = 0
         self._slots.acquire()  # given back when the decoder takes the piece, in every case
         self._chunks.put(piece)
 
@@ -141,7 +138,7 @@ class LayerScanner:
             raise ValueError("the scanner is finished")
         self._check()
         if self._pending:
-            self._hand_over_pending()
+            self._hand_over()
         self._join()
         self._check()
         spans, uncompressed = self._builder.finish(self._size)

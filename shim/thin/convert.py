@@ -145,8 +145,9 @@ def _convert_one(
     if index_file is not None:
         index, marker = _given(index_file, ref, manifest)
     else:
-        index = build_index(ref, client, platform=platform, progress=progress, warn=warn)
-        marker = codec.encode(index)
+        with codec.Encoder() as encoder:
+            index = build_index(ref, client, platform=platform, progress=progress, warn=warn, on_layer=encoder.layer)
+            marker = encoder.finish(index)
     skeleton = select(index.tree, [*declared, *map(clean, volumes)], max_volume_bytes)
     for note in skeleton.notes:
         warn(note)

@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,25 @@ def test_any_span_table_survives(rows: list[tuple[int, int, int, int, bytes]]) -
     back = codec.decode(codec.encode(index))
     assert dump(back) == dump(index)
     assert back.layers[0].spans.table_digest() == layer.spans.table_digest()
+
+
+def test_layers_given_one_by_one_make_the_same_file() -> None:
+    """Windows are cut where layers end: layers of none, of too little for a piece, and of more than one."""
+    index = sample()
+    model = index.layers[0]
+    index.layers = []
+    for count in (1, 3, 20, 1, 100):
+        points = [(0, 0, 0, 1, b"")] + [(n << 20, n << 16, n % 8, 2, indexes.window(n, 60)) for n in range(1, count)]
+        spans = indexes.spans(max(count, 1) << 16, max(count, 1) << 20, points)  # type: ignore[arg-type]
+        index.layers.append(replace(model, size=spans.cstarts[-1], uncompressed_size=spans.ustarts[-1], spans=spans))
+    index.tree = Tree(directory(nlink=2))
+    whole = codec.encode(index)
+    for known in range(len(index.layers) + 1):
+        with codec.Encoder() as encoder:
+            for layer in index.layers[:known]:
+                encoder.layer(layer)
+            assert encoder.finish(index) == whole
+    assert dump(codec.decode(whole)) == dump(index)
 
 
 def test_foreign_bytes_before_the_index_are_ignored() -> None:
