@@ -147,7 +147,7 @@ class Journal:
             self.next_node = int(head["next"])
             for line in lines[1:]:
                 self._replay(json.loads(line))
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise DaemonError(f"{self.path} is damaged: {error}") from error
 
     def _replay(self, record: dict[str, Any]) -> None:

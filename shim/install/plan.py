@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import shutil
@@ -17,6 +18,11 @@ LAUNCHER_NAME = "clip-shim-runtime"
 BACKUP = ".clip-shim.bak"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}\Z")
 _MAX = 4 << 20
+_HINTS = {
+    errno.EROFS: "change it where the system's files are made (an image, a generator), or use --config",
+    errno.EBUSY: "the file is a mount by itself: change it where it comes from",
+    errno.ENOSPC: "free space there",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,8 @@ class Change:
                 temporary.unlink(missing_ok=True)
             _sync(target.parent)
         except OSError as error:
-            raise InstallError(f"{error.filename or target}: {error.strerror}", hint="run this as root") from error
+            hint = _HINTS.get(error.errno or 0, "run this as root")
+            raise InstallError(f"{error.filename or target}: {error.strerror}", hint=hint) from error
         return backup
 
     def _keep(self, target: Path) -> Path | None:

@@ -24,6 +24,7 @@ from shim.registry.transport import MAX_ERROR_BODY, Response, Transport, is_inte
 
 MAX_REDIRECTS = 8
 MAX_REMEMBERED = 4096
+ERROR_SECONDS = 10.0  # for what a registry says about a failure
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
 REMOTE_HEADERS = ("Range", "Accept", "Content-Type", "Content-Range")  # all that a foreign origin is told
 
@@ -259,7 +260,7 @@ class Endpoint:
     def _detail(self, response: Response, secrets: tuple[str, ...]) -> str:
         """What the registry says about a failure (distribution-spec "Error Codes"): one short line without secrets."""
         try:
-            body = response.read_all(MAX_ERROR_BODY)
+            body = response.read_all(MAX_ERROR_BODY, ERROR_SECONDS)
         except RegistryError:
             return ""
         try:

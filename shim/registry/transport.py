@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CHUNK = 256 << 10
 DRAIN = 64 << 10  # an unwanted rest up to this size is read, so that the connection can be used again
+DRAIN_SECONDS = 2.0
 MAX_ERROR_BODY = 64 << 10
 DEFAULT_PORTS = {"http": 80, "https": 443}
 _NETLOC = re.compile(r"(?:[A-Za-z0-9._-]+|\[[A-Za-z0-9:.%_-]+\])(?::[0-9]*)?\Z")
@@ -125,11 +126,16 @@ class Response:
             self._transport.counters.add(self.host, self.kind, size=len(data))
         return data
 
-    def read_all(self, limit: int) -> bytes:
-        """The whole body. Raises RegistryError when it is longer than `limit` bytes."""
+    def read_all(self, limit: int, seconds: float | None = None) -> bytes:
+        """The whole body. Raises RegistryError when it is longer than `limit` bytes, or drips for longer than
+        `seconds`."""
         parts: list[bytes] = []
         size = 0
+        end = None if seconds is None else self._transport.hooks.clock() + seconds
         while data := self.read_some(min(CHUNK, limit + 1 - size)):
+            if end is not None and self._transport.hooks.clock() > end:
+                self.close()
+                raise RegistryError(f"{self.host} sends its answer too slowly", status=self.status)
             size += len(data)
             parts.append(data)
             if size > limit:
@@ -141,7 +147,7 @@ class Response:
     def discard(self) -> None:
         """Be done with the body; the connection is kept when little is left."""
         try:
-            self.read_all(DRAIN)
+            self.read_all(DRAIN, DRAIN_SECONDS)
         except RegistryError:
             self.close()
 

@@ -10,6 +10,7 @@ import pytest
 
 from shim.daemon import handover
 from shim.daemon.fdstore import FdStore
+from shim.errors import DaemonError
 from shim.fuse import proto
 from shim.fuse.journal import Journal
 
@@ -70,6 +71,35 @@ def test_what_cannot_be_taken_over_is_let_go(tmp_path: Path, store: FdStore, wha
     assert store.fds == {}
     if what != "unmounted":
         os.close(writer)
+
+
+def test_a_journal_that_is_cut_anywhere(tmp_path: Path) -> None:
+    """It is what it was some lines before, or damaged when not even the first is whole."""
+    path = tmp_path / "journal"
+    made = Journal(path, fresh=True)
+    made.record_init(RESEND)
+    made.add_node(16, b"bl\xffob", 512)
+    made.opened(1, 16)
+    made.closed(1)
+    made.close()
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        if b"\n" not in whole[:cut]:
+            with pytest.raises(DaemonError, match="is damaged"):
+                Journal(path, fresh=False)
+            continue
+        found = Journal(path, fresh=False)
+        found.close()
+        lines = whole[:cut].count(b"\n")
+        assert (found.init is not None, len(found.nodes), len(found.opens)) == (lines > 1, lines > 2, lines == 4)
+
+
+@pytest.mark.parametrize("text", ['{"v": 1, "next": 1e400}', "[" * 100_000, '{"v": 1, "next": NaN}', "5", "\xff"])
+def test_a_journal_of_nonsense_is_damaged(tmp_path: Path, text: str) -> None:
+    (tmp_path / "journal").write_text(f"{text}\n", "latin-1")
+    with pytest.raises(DaemonError, match="is damaged"):
+        Journal(tmp_path / "journal", fresh=False)
 
 
 def test_nothing_to_take_over(tmp_path: Path) -> None:

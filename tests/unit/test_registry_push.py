@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from shim.errors import AuthError, IntegrityError, NotFoundError, RegistryError
+from shim.registry import endpoint, transport
 from shim.registry.client import RegistryClient
 from shim.registry.manifest import OCI_MANIFEST
 from shim.registry.push import Pusher
@@ -174,6 +176,22 @@ def test_who_asks_to_wait_long_is_not_asked_again(open_registry: Registry, tmp_p
         assert server.count("PATCH") == 1
 
 
+@pytest.mark.parametrize("status", [202, 400])
+def test_an_answer_that_drips_holds_nobody(
+    open_registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """A push has no deadline of its own: its blobs may take hours."""
+    monkeypatch.setattr(endpoint, "ERROR_SECONDS", 0.5)
+    monkeypatch.setattr(transport, "DRAIN_SECONDS", 0.5)
+    with FaultServer(upstream=open_registry.host) as server:
+        for method in ("POST", "PUT"):
+            server.faults.add(method, r"/uploads/", status=status, body=bytes(1000), drip=(1, 0.1))
+        started = time.monotonic()
+        with pytest.raises(RegistryError, match="400" if status == 400 else "where an upload goes on"):
+            Pusher(client_of(server.host, tmp_path)).push_blob(ref_of(server.host, "slow"), b"slow")
+        assert time.monotonic() - started < 20
+
+
 @pytest.mark.parametrize("where", ["http://[bad", "ftp://example.com/x", "http://u:p@example.com/x"])
 def test_an_upload_that_leads_nowhere(open_registry: Registry, tmp_path: Path, where: str) -> None:
     with FaultServer(upstream=open_registry.host) as server:
@@ -190,13 +208,13 @@ def test_an_upload_leads_where_redirects_may() -> None:
     from shim.registry.push import _location
     from shim.registry.transport import Transport
 
-    endpoint = Endpoint(Hosts().of("registry.example.com")[0], Transport(), None)  # type: ignore[arg-type]
+    registry = Endpoint(Hosts().of("registry.example.com")[0], Transport(), None)  # type: ignore[arg-type]
 
     def lead(where: str) -> str:
         answer = SimpleNamespace(
             headers={"Location": where}, url="https://registry.example.com/v2/a", host="registry.example.com"
         )
-        return _location(endpoint, answer)  # type: ignore[arg-type]
+        return _location(registry, answer)  # type: ignore[arg-type]
 
     for where in ("https://169.254.169.254/x", "https://localhost:6443/x", "http://other.example.com/x"):
         with pytest.raises(RegistryError, match="refused"):
