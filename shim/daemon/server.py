@@ -107,8 +107,7 @@ class Daemon:
         passed = notify.inherited()
         run = settings.run_dir
         for directory in (run, settings.state_dir):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.chmod(directory, 0o700)
+            _make_private(directory)
         self._stopping = threading.Event()
         self._since = time.monotonic()
         self.broken = os.eventfd(0, os.EFD_CLOEXEC)  # readable when the blobs were unmounted by somebody else
@@ -333,6 +332,17 @@ class Daemon:
                 for row, found in zip(mine, files, strict=True):
                     row["file"] = found[0] if found else None
         return rows
+
+
+def _make_private(path: Path) -> None:
+    """Whoever has made it before us, in /tmp for instance, could put another in the place of any file in it."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owner = path.stat().st_uid
+    if owner not in (0, os.geteuid()):
+        raise DaemonError(
+            f"{path} belongs to uid {owner}, not to root", hint=f"chown root:root {path}, or set another directory"
+        )
+    os.chmod(path, 0o700)
 
 
 def _exclusive(path: Path) -> int:

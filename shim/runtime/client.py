@@ -120,6 +120,10 @@ def try_connect(run_dir: str, end: float) -> Connection | None:
         if error.errno in _ABSENT:
             return None
         raise DaemonError(f"{run_dir} cannot be opened (errno {error.errno})") from error
+    owner = os.fstat(directory).st_uid
+    if owner not in (0, os.geteuid()):  # who could answer in the daemon's place
+        os.close(directory)
+        raise DaemonError(f"{run_dir} belongs to uid {owner}, not to root", hint=f"chown root:root {run_dir}")
     socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     try:
         socket.settimeout(max(end - time.monotonic(), 0.001))

@@ -128,6 +128,29 @@ def test_directories_are_private_and_an_old_socket_is_no_obstacle() -> None:
         assert stat.S_IMODE((host.run_dir / "control.sock").stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("name", ["run", "state"])
+def test_a_directory_of_somebody_elses_is_not_taken(name: str) -> None:
+    """Made before us where anybody may: its owner could put another socket, or another image, in the place of ours."""
+    with Host() as host:
+        directory = host.run_dir if name == "run" else host.state_dir
+        directory.mkdir(exist_ok=True)
+        os.chown(directory, 65534, 65534)
+        done = host.clip("daemon", check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: {directory} belongs to uid 65534, not to root\nhint: chown root:root")
+        if name == "run":
+            with socket.socket(socket.AF_UNIX) as theirs:
+                theirs.bind(str(directory / "control.sock"))
+                theirs.listen()
+                theirs.settimeout(0)
+                for verb in ("status", "drain"):
+                    done = host.clip(verb, check=False)
+                    assert "belongs to uid 65534" in done.stderr
+                with pytest.raises(BlockingIOError):
+                    theirs.accept()
+        os.chown(directory, 0, 0)
+
+
 def test_ready_is_said_on_the_pipe() -> None:
     with Host() as host:
         assert _first_line(host, "daemon", "--supervise") == b"READY\n"
