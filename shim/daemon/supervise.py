@@ -10,6 +10,7 @@ import os
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ _LOG_MAX = 8 << 20  # bytes; an older log is kept as daemon.log.1
 _LOG_NAME = "daemon.log"
 _ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _RENEW = signal.SIGUSR2
+_TRY_SECONDS = 20.0
 
 
 def supervise(arguments: list[str], run_dir: Path) -> int:
@@ -174,7 +176,7 @@ class Supervisor:
         except BlockingIOError:
             return
         self._ending |= any(number in numbers for number in _ENDING)
-        self._renewing |= _RENEW in numbers
+        self._renewing |= _RENEW in numbers and _can_start()
 
     def _pause(self, seconds: float) -> bool:
         """Wait; True if we are told to end meanwhile."""
@@ -185,11 +187,9 @@ class Supervisor:
         return self._ending
 
     def _renew(self) -> None:
-        """Become what is installed now. Returns only if there is nothing."""
+        """Become what is installed now."""
         self._renewing = False
         environ = {**os.environ, "CLIP_SHIM_RENEWED": "1"}
-        if not os.access(sys.executable, os.X_OK):
-            return
         self._store.close()
         self._store.hand_over(environ)
         command = [sys.executable, "-m", "shim", "daemon", "--supervise", *self._arguments]
@@ -206,6 +206,21 @@ class Supervisor:
 
     def _trim(self) -> None:
         _trim(self._log)
+
+
+def _can_start() -> bool:
+    """Whether what is installed now can be loaded. An upgrade may be half done, and with us go the descriptors."""
+    command = [sys.executable, "-P", "-c", "import shim.daemon.supervise, shim.daemon.server"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TRY_SECONDS, check=False, text=True
+        )
+        said = (done.stderr.strip().rpartition("\n")[2] or f"it ends with {done.returncode}") if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    if said:
+        print(f"clip-shim: what is installed does not start, so this goes on: {said}", file=sys.stderr, flush=True)  # noqa: T201
+    return not said
 
 
 def _reap(server: int) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -269,6 +270,23 @@ def test_an_upgrade_is_not_noticed(registry: Registry, renew: bool) -> None:
         assert end(host, child) == 0
         assert below_run(host) == []
         assert sorted(path.name for path in host.run_dir.glob("*.sock")) == []
+
+
+def test_half_an_upgrade_is_not_begun(tmp_path: Path) -> None:
+    """What is installed cannot be loaded: the server goes on, and the descriptors stay, until it can."""
+    with Host() as host:
+        child = host.start(CLIP_SHIM, "daemon", "--supervise", log="daemon", env={"PYTHONPATH": str(tmp_path)})
+        wait_for("the daemon answers", lambda: host.clip("status", check=False).returncode == 0)
+        old = server_pid(host)
+        (tmp_path / "shim").mkdir()
+        (tmp_path / "shim/__init__.py").write_text("raise ImportError('half of it')\n")
+        os.kill(child.pid, signal.SIGUSR2)
+        wait_for("it is refused", lambda: "does not start, so this goes on: ImportError: half of it" in host.logs())
+        assert server_pid(host) == old
+        shutil.rmtree(tmp_path / "shim")
+        os.kill(child.pid, signal.SIGUSR2)
+        wait_for("another server answers", lambda: server_pid(host) not in (0, old))
+        assert end(host, child) == 0
 
 
 def test_a_job_ends_with_its_server(registry: Registry) -> None:
