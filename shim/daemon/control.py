@@ -18,6 +18,7 @@ from shim.errors import DaemonError, ShimError
 _MAX_LINE = 1 << 16  # bytes; a request names one container
 _MAX_FDS = 4
 _MAX_CONNECTIONS = 512
+_BACKLOG = 4096  # as systemd has it: all containers of a node may start while we are replaced
 _RETRY_SECONDS = 0.1
 _CLOSE_SECONDS = 0.5
 _SHOWN = 256  # characters of an ID in a log line
@@ -78,7 +79,7 @@ class ControlServer:
         finally:
             os.umask(old)
             os.close(directory)
-        self._socket.listen(256)
+        self._socket.listen(_BACKLOG)
         self._socket.setblocking(False)
 
     @property

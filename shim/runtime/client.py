@@ -126,8 +126,9 @@ def try_connect(run_dir: str, end: float) -> Connection | None:
         raise DaemonError(f"{run_dir} belongs to uid {owner}, not to root", hint=f"chown root:root {run_dir}")
     socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     try:
-        socket.settimeout(max(end - time.monotonic(), 0.001))
-        socket.connect(f"/proc/self/fd/{directory}/control.sock")  # a socket's own path may have 107 bytes only
+        _patiently(
+            socket, f"/proc/self/fd/{directory}/control.sock", end
+        )  # a socket's own path may have 107 bytes only
     except OSError as error:
         socket.close()
         if error.errno in _ABSENT:
@@ -139,6 +140,21 @@ def try_connect(run_dir: str, end: float) -> Connection | None:
     finally:
         os.close(directory)
     return Connection(socket, end)
+
+
+def _patiently(socket: _socket.socket, path: str, end: float) -> None:
+    """connect(2) before `end`. Also while more wait to be taken than the socket lets wait, as in a daemon's absence:
+    only a connect that may block waits for room, and SO_SNDTIMEO is its deadline (unix(7))."""
+    left = max(end - time.monotonic(), 0.001)
+    socket.settimeout(left)
+    try:
+        socket.connect(path)
+    except BlockingIOError:
+        import struct
+
+        socket.settimeout(None)
+        socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, struct.pack("@ll", int(left), int(left % 1 * 1e6)))
+        socket.connect(path)
 
 
 def ask(

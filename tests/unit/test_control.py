@@ -9,14 +9,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shim.daemon.control import ControlServer, Session
-from shim.errors import TrustError
+from shim.errors import DaemonError, TrustError
+from shim.runtime import client
 
 
 @pytest.fixture
@@ -162,3 +165,27 @@ def test_root_of_another_user_namespace_is_refused(path: Path) -> None:
     command = ["unshare", "-U", "-r", sys.executable, "-c", code, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert "only root may talk to the daemon" in done.stdout, done.stderr
+
+
+def test_who_comes_when_the_queue_is_full_waits_for_room(tmp_path: Path) -> None:
+    """All containers of a node may start while the daemon is replaced: nobody takes connections then."""
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
+        listener.bind(str(tmp_path / "control.sock"))
+        listener.listen(1)
+        while True:
+            waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.setblocking(False)
+            try:
+                waiting.connect(str(tmp_path / "control.sock"))
+            except BlockingIOError:
+                break
+        started = time.monotonic()
+        with pytest.raises(DaemonError, match="cannot be reached"):
+            client.try_connect(str(tmp_path), started + 0.3)
+        assert time.monotonic() - started >= 0.3
+        successor = threading.Timer(0.1, lambda: stack.enter_context(listener.accept()[0]))
+        successor.start()
+        connection = client.try_connect(str(tmp_path), time.monotonic() + 30)
+        assert connection is not None
+        connection.close()
+        successor.join()
