@@ -30,13 +30,14 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 def run(args: argparse.Namespace) -> int:
     from shim import settings
+    from shim.index.codec import write_file
 
     record = ask({"v": 1, "op": "report", "container": args.container})
     record.pop("ok", None)
     index = settings.load().state_dir / "trees" / record["index"].removeprefix("sha256:") / "index.clip"
     record |= resolve(index, record["events"], len(record["layers"]))
     if args.output is not None:
-        args.output.write_text(page(record), encoding="utf-8")
+        write_file(args.output, page(record).encode())
     if args.json:
         print(json.dumps(record, indent=2))
     elif args.output is not None:

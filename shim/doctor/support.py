@@ -37,11 +37,13 @@ _PAIR = re.compile(
 )
 _USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s@\"']+@")
 _QUERY = re.compile(r"(?i)(\bhttps?://[^\s?\"']*)\?[^\s\"']*")
+_KEY = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(-----END|\Z)", re.DOTALL)
 _SCHEME = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9+/=._~-]{8,}")
 
 
 def redact(text: str) -> str:
     """Text without passwords, tokens, user names in URLs and signed queries."""
+    text = _KEY.sub(rf"\1{_HIDDEN}\2", text)
     text = _USERINFO.sub(rf"\1{_HIDDEN}@", text)
     text = _QUERY.sub(rf"\1?{_HIDDEN}", text)
     text = _SCHEME.sub(rf"\1 {_HIDDEN}", text)

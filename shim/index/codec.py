@@ -7,6 +7,7 @@ The same Index gives the same bytes, as long as liblzma is the same.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -207,8 +208,15 @@ def write_index(path: str | os.PathLike[str], index: Index) -> str:
     return index_digest(data)
 
 
+def check_target(path: Path) -> None:
+    """Raises OSError if a rename to `path` would do away with something that is no file: /dev/null, /dev/stdout."""
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it is there, and is no regular file", str(path))
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, mode 0644, by temporary file, fsync and rename. Raises OSError."""
+    check_target(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", dir=path.parent)
     try:
         with open(handle, "wb") as out:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shim.errors import StoreError
-from shim.index import container
+from shim.index import codec, container
 from shim.registry.ref import ImageRef
 from shim.stores.base import digest_name, name_of
 
@@ -62,6 +62,7 @@ class DirectoryStore:
         target = self._root / name
         try:
             target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            codec.check_target(target)
             handle, temporary = tempfile.mkstemp(prefix=".incoming-", dir=target.parent)
             try:
                 with open(handle, "wb") as out, open(file, "rb") as source:

@@ -153,6 +153,7 @@ def look(file: Path) -> FileFacts:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its name at the end, when the block was left without an error. Raises StoreError."""
     try:
+        codec.check_target(path)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", dir=path.parent)
         os.close(handle)
         try:

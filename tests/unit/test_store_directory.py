@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from shim.cli.main import main
 from shim.errors import StoreError
-from shim.index import container
+from shim.index import codec, container
 from shim.registry.ref import ImageRef
 from shim.stores.base import name_of
 from shim.stores.directory import DirectoryStore
+from shim.stores.transfer import whole_file
+from tests.support.indexes import sample
 
 
 @pytest.mark.parametrize("what", ["directory", "pipe", "endless"])
@@ -31,3 +34,22 @@ def test_what_is_no_index_in_a_directory(what: str, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is no regular file of at most"), open(os.devnull, "wb") as null:
         DirectoryStore(tmp_path / "store").find(image, null)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`-o /dev/null`, by root: the machine would have a file there from then on, and /dev/stdout is a link."""
+    index = tmp_path / "a.clip"
+    codec.write_index(index, sample())
+    pipe, link = tmp_path / "null", tmp_path / "stdout"
+    os.mkfifo(pipe)
+    link.symlink_to("null")
+    for place in (pipe, link):
+        assert main(["push", str(index), str(place)]) == 1
+        assert f"{place} cannot be written: it is there, and is no regular file" in capsys.readouterr().err
+        with pytest.raises(StoreError, match="is no regular file"), whole_file(place) as out:
+            out.write(b"x")
+        with pytest.raises(FileExistsError, match="is no regular file"):
+            codec.write_file(place, b"x")
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.clip", "null", "stdout"}
