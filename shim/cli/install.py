@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     engine = ENGINES[args.engine]
     config = args.config or engine.config
     plan = engine.install(config.absolute(), Runtime(args.runtime_name, path), force=args.force)
+    if not os.access(path, os.X_OK):
+        plan.notes.append(f"{path} is not there, or cannot be executed: some engines do not start with such a runtime")
     if not plan.changes:
         print(f"{engine.title}: already as it should be: {config}")
     perform(plan, dry_run=args.dry_run)

@@ -237,7 +237,7 @@ def test_a_name_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", [".tar.gz", ".zip"])
 def test_support_bundle_has_no_secrets(host: Host, kind: str) -> None:
     host.start_daemon()
-    secrets = ("hunter2", "QUJDREVGRw==", "sig-0123456789", "topsecret")
+    secrets = ("hunter2", "QUJDREVGRw==", "sig-0123456789", "topsecret", "MHcCAQEEIB0")
     (host.base / "config.yaml").write_text(
         "registries:\n"
         "  example.com: {headers: {X-Anything: hunter2, Authorization: Basic QUJDREVGRw==}}\n"
@@ -247,6 +247,7 @@ def test_support_bundle_has_no_secrets(host: Host, kind: str) -> None:
     log.write_text(
         '{"event": "read failed", "url": "https://x.example/blob?X-Amz-Signature=sig-0123456789"}\n'
         "Authorization: Bearer topsecret-token-123\nhttp://alice:hunter2@proxy:3128\n"
+        "-----BEGIN EC PRIVATE KEY-----\nMHcCAQEEIB0\nMHcCAQEEIB0=\n-----END EC PRIVATE KEY-----\n"
     )
     place = host.base / f"help{kind}"
     done = run(host, "--check", "root", "--support", place)

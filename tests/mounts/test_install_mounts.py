@@ -10,7 +10,7 @@ import pytest
 
 from shim.cli.main import main
 
-PATH = "/opt/clip/libexec/clip-shim-runtime"
+PATH = "/usr/bin/true"
 BEFORE = '{"debug": true}\n'
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from shim.cli.main import main
-from shim.install import containerd, docker, plan
+from shim.install import containerd, docker
 from shim.install.toml import TomlFile
 
 PATH = "/opt/clip/libexec/clip-shim-runtime"
@@ -291,37 +290,6 @@ def test_backup_lies_outside_of_drop_in_directories(tmp_path: Path) -> None:
     assert (tmp_path / "10-site.conf.clip-shim.bak").read_text() == BEFORE["crio"]
 
 
-@pytest.mark.parametrize("step", range(3))
-def test_killed_at_any_step_leaves_a_drop_in_directory_as_it_was(step: int, tmp_path: Path) -> None:
-    """CRI-O reads every file of its directory: half a file there, or one that stays, keeps it from starting."""
-    file = tmp_path / "crio.conf.d" / "50-clip-shim.conf"
-    file.parent.mkdir()
-    file.write_text(BEFORE["crio"])
-    pid = os.fork()
-    if pid == 0:
-        try:
-            dies = [(plan.os, "fsync"), (plan.os, "replace"), (plan.Change, "_keep")][step]
-            setattr(*dies, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-            call("install", "crio", file)
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    assert os.listdir(file.parent) == [file.name]
-    assert file.read_text() == BEFORE["crio"]
-    assert call("install", "crio", file) == 0  # and again: done
-    assert os.listdir(file.parent) == [file.name]
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_directory_or_a_pipe_in_the_place_of_the_file(
-    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for place in (tmp_path, tmp_path / "pipe"):
-        assert call("install", engine, place) == 1
-        assert f"error: {place} is no regular file" in capsys.readouterr().err
-
-
 def test_uninstall_is_refused_while_containers_need_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Docker does not answer, so the records are asked; other engines' do not count."""
     file = tmp_path / "daemon.json"
@@ -368,29 +336,3 @@ def test_toml_that_cannot_be_changed_safely_is_left_alone(tmp_path: Path) -> Non
         wanted = tomllib.loads(text)
         wanted.setdefault("engine", {}).setdefault("runtimes", {})["clip"] = [PATH]
         assert tomllib.loads(file.encode().decode()) == wanted
-
-
-@pytest.mark.parametrize("text", ["crio = {runtime = {}}\n", "[crio.runtime]\nruntimes = {}\n"])
-def test_inline_tables_are_left_alone(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text(text)
-    assert call("install", "crio", tmp_path / "file") == 1
-    assert "cannot be changed safely" in capsys.readouterr().err
-    assert (tmp_path / "file").read_text() == text
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("version = []\n", "version []"), ("version = 2.0\n", "version 2.0"), ("version = 2\nplugins = 1\n", "a table")],
-)
-def test_odd_containerd_configurations(
-    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text(text)
-    assert call("install", "containerd", tmp_path / "file") == 1
-    assert message in capsys.readouterr().err
-    assert (tmp_path / "file").read_text() == text
-
-
-def test_disabled_plugins_that_are_no_list(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("version = 2\ndisabled_plugins = 5\n")
-    assert call("install", "containerd", tmp_path / "file") == 0  # containerd itself says what it thinks of it
