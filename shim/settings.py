@@ -194,7 +194,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("background.after", _seconds, "60s", "quiet: for so long no read of a layer had to wait"),
     Setting("background.rate", _size, "20M", "bytes a second that this may take from a registry; 0: no limit"),
     Setting("background.max_image", _size, "10GiB", "not for images larger than this, compressed; 0: for all"),
-    Setting("cache.max_bytes", _size, "0", "what layers and trees may take on disk together; 0: no limit"),
+    Setting("cache.max_bytes", _size, "0", "what layers, trees and indexes may take on disk together; 0: no limit"),
     Setting("cache.max_age", _seconds, "30d", "what nobody has used for so long is deleted; 0: never"),
     Setting("cache.free_low", _share, "20%", "free space below which the cleaner works (kubelet evicts pods at 15%)"),
     Setting("cache.free_high", _share, "25%", "and how much it then makes free"),

@@ -47,8 +47,8 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Something that is kept. kind: "layer" or "tree". `size`: bytes it takes on disk; `last_used`: seconds since the
-    epoch; `what`: for people."""
+    """Something that is kept. kind: "layer", "tree", "index" or "tag". `size`: bytes it takes on disk; `last_used`:
+    seconds since the epoch; `what`: for people."""
 
     kind: str
     name: str
@@ -95,6 +95,8 @@ class _Planner:
                 self._take(item, item.size, "age")
                 idle.remove(item)
         for item in idle:
+            if item.kind == "tag":
+                continue  # it takes no space
             if limits.max_bytes and self._used > limits.max_bytes:
                 self._take(item, item.size, "size")
             elif self._free < high:

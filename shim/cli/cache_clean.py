@@ -75,7 +75,7 @@ def _text(answer: dict[str, Any]) -> list[str]:
     lines = [
         (
             row["kind"],
-            row["name"][:12],
+            row["name"].rpartition("/")[2].removeprefix("sha256-")[:12],
             human(row["bytes"]) + (" of it" if row["part"] else ""),
             ago(max(0.0, now - row["last_used"])),
             row["reason"],

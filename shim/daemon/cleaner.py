@@ -22,6 +22,7 @@ from shim.cache.pins import Pins
 from shim.cache.store import cleaners_turn, entries, take_lock
 from shim.daemon.control import Answer, Session
 from shim.daemon.indexfile import touch
+from shim.daemon.keptindexes import KeptIndexes
 from shim.daemon.layers import Layers
 from shim.daemon.overlays import is_used, overlays
 from shim.daemon.prepare import read_meta
@@ -133,10 +134,12 @@ class DaemonShelf:
         self._trees = trees
         self._pins = pins
         self._state = state_dir
+        self._indexes = KeptIndexes(state_dir)
 
     def items(self) -> list[Item]:
         users = set(self._trees.in_use()) | self._trees.users()
-        trees, blobs = kept_trees(self._state / "trees", self._pins.read(), lambda path: is_used(path, users))
+        pins = self._pins.read()
+        trees, blobs = kept_trees(self._state / "trees", pins, lambda path: is_used(path, users))
         layers = []
         for entry in self._layers.cache.entries():
             known = blobs.get(entry.name) or Item("layer", entry.name, 0, 0.0)
@@ -144,10 +147,12 @@ class DaemonShelf:
                 refetch = served is not None and _can_refetch(served)
             known = replace(known, size=entry.allocated, last_used=entry.last_used)
             layers.append(replace(known, in_use=entry.is_open, can_refetch=refetch))
-        return trees + layers
+        return trees + layers + self._indexes.items(trees, pins)
 
     def remove(self, item: Item) -> bool:
-        return self._layers.cache.remove(item.name) if item.kind == "layer" else self._trees.remove(item.name)
+        if item.kind == "layer":
+            return self._layers.cache.remove(item.name)
+        return self._trees.remove(item.name) if item.kind == "tree" else self._indexes.remove(item)
 
     def shrink(self, item: Item, size: int) -> int:
         with self._layers.held(item.name) as served:
@@ -191,6 +196,7 @@ class OfflineShelf:
 
     def __init__(self, state_dir: Path) -> None:
         self._state = state_dir
+        self._indexes = KeptIndexes(state_dir)
 
     def _users(self) -> set[str]:
         return {hex_ for hex_, _ in overlays(mountinfo.read())}
@@ -203,9 +209,11 @@ class OfflineShelf:
         for entry in entries(self._state / "cache"):
             known = blobs.get(entry.name) or Item("layer", entry.name, 0, 0.0)
             layers.append(replace(known, size=entry.allocated, last_used=entry.last_used))
-        return trees + layers
+        return trees + layers + self._indexes.items(trees, pins)
 
     def remove(self, item: Item) -> bool:
+        if item.kind not in ("layer", "tree"):
+            return self._indexes.remove(item)
         directory = self._state / ("cache" if item.kind == "layer" else "trees") / item.name
         if item.kind == "tree" and is_used(directory, self._users()):
             return False
@@ -248,6 +256,7 @@ class Cleaner:
         self._settings = settings
         self._state = settings.state_dir
         self._shelf: Shelf = DaemonShelf(layers, trees, Pins(self._state), self._state)
+        self._indexes = KeptIndexes(self._state)
         self._turn = threading.Lock()
 
     def run(self, wanted: Limits, *, dry_run: bool = False) -> Report:
@@ -256,6 +265,7 @@ class Cleaner:
             if not dry_run:
                 discard.sweep(self._state / "cache")
                 discard.sweep(self._state / "trees")
+                self._indexes.sweep()
                 self._stamp()
             wanted = _by_the_clock(self._settings, wanted, dry_run=dry_run)
             report = clean(self._shelf, wanted, time.time(), self._state / "cache", dry_run=dry_run)
@@ -287,7 +297,10 @@ class Cleaner:
         now = time.time()
         for item in self._shelf.items():
             ago = now - item.last_used
-            if ago < -_STAMP_SECONDS or (item.in_use and ago > _STAMP_SECONDS):
+            is_kept = item.kind in ("layer", "tree")
+            if ago < -_STAMP_SECONDS and not is_kept:
+                self._indexes.touch(item)
+            elif ago < -_STAMP_SECONDS or (is_kept and item.in_use and ago > _STAMP_SECONDS):
                 touch(self._state / ("cache" if item.kind == "layer" else "trees") / item.name)
 
     def loop(self, full: threading.Event, stopping: threading.Event) -> None:

@@ -103,4 +103,4 @@ class ForeignFiles:
                 look.place if isinstance(look.place, files.S3Place) else None,
                 str(out),
             )
-            self._indexes.local.put(name, out, replace=True)
+            self._indexes.put(name, out)

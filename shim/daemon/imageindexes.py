@@ -12,6 +12,7 @@ from pathlib import Path
 from shim import log
 from shim.daemon import indexfile, indexjobs, jobs
 from shim.daemon.flights import Flights
+from shim.daemon.keptindexes import MAKING, note_of
 from shim.errors import ShimError, StoreError
 from shim.registry.client import RegistryClient
 from shim.registry.ref import ImageRef
@@ -45,7 +46,7 @@ class ImageIndexes:
         self._write: tuple[str, ...] = settings["stores.write"]
         for url in (*self._lookup, *self._write):
             self._stores.store(url)
-        self._making = settings.state_dir / "indexes" / ".making"
+        self._making = settings.state_dir / "indexes" / MAKING
         self._making.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left in self._making.iterdir():
             left.unlink(missing_ok=True)
@@ -98,7 +99,7 @@ class ImageIndexes:
         for url in self._lookup:
             with self.temporary() as path:
                 if self._try(url, self._archive_in, image, path) and self._is_of(path, image, url):
-                    self.local.put(name, path, replace=True)
+                    self.put(name, path)
                     return
 
     def _archive_in(self, url: str, image: ImageRef, path: Path) -> bool:
@@ -191,8 +192,12 @@ class ImageIndexes:
                 self._try(url, self._keep_in, image, path)
 
     def _keep_here(self, image: ImageRef, path: Path) -> None:
-        self.local.put(digest_name(path), path)
-        self.local.put(name_of(image), path, replace=True)
+        self.put(digest_name(path), path, replace=False)
+        self.put(name_of(image), path)
+
+    def put(self, name: str, path: Path, *, replace: bool = True) -> None:
+        """Keep an index, or an archive, below STATE/indexes as `name`, until the cleaner takes it."""
+        self.local.put(name, path, replace=replace, note=note_of(self.identify(path)))
 
     def _keep_in(self, url: str, image: ImageRef, path: Path) -> bool:
         if isinstance(self._stores.store(url), S3Store):
@@ -213,4 +218,5 @@ class ImageIndexes:
         try:
             yield Path(name)
         finally:
-            Path(name).unlink(missing_ok=True)
+            for left in (Path(name), *self._making.glob(f".{Path(name).name}.*")):  # a killed job writes beside it
+                left.unlink(missing_ok=True)

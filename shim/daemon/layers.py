@@ -258,6 +258,7 @@ class Layers:
                     self._gone = _sum(self._gone, served.lazy)
                 self._cache.close_layer(served.lazy.cached)
                 served.spans.close()
+                served.sources = []  # an archive's file is closed with them
                 log.debug("layer no longer served", layer=name)
             except Exception:  # noqa: BLE001  the others are still to be closed, and nobody may wait for this one
                 log.exception("a layer could not be closed", layer=name)

@@ -24,6 +24,7 @@ from shim.daemon.flights import Flights
 from shim.daemon.foreign import ForeignFiles
 from shim.daemon.imageindexes import Announce, ImageIndexes
 from shim.daemon.imagetree import Files
+from shim.daemon.keptindexes import TAGS, URLS, note_of, stamp
 from shim.daemon.trust import Trust, registry_client
 from shim.errors import (
     AbsentError,
@@ -41,6 +42,7 @@ from shim.registry.ref import ImageRef, check_digest
 from shim.registry.retry import RetryPolicy
 from shim.settings import Settings
 from shim.stores import urls
+from shim.stores.directory import set_note
 from shim.stores.oci import OciStore
 from shim.stores.transfer import whole_file
 from shim.stores.urls import OciPlace, S3Place
@@ -65,8 +67,8 @@ class Resolver:
         self.indexes = ImageIndexes(settings, self._client)
         self._foreign = ForeignFiles(settings, self._trust, self.indexes, self._pin)
         self._flights = Flights()
-        self._urls = settings.state_dir / "indexes" / ".urls"
-        self._tags = settings.state_dir / "indexes" / ".tags"
+        self._urls = settings.state_dir / "indexes" / URLS
+        self._tags = settings.state_dir / "indexes" / TAGS
         for directory in (self._urls, self._tags):
             directory.mkdir(mode=0o700, exist_ok=True)
 
@@ -149,6 +151,7 @@ class Resolver:
         what it meant last; a digest's manifest never changes."""
         memory = self._tags / sha256(f"{ref} {platforms.host()}".encode()).hexdigest()
         known = _read_digest(memory)
+        stamp(memory)
         if known is not None and ref.digest is not None:
             return ref.with_digest(known)
         try:
@@ -183,7 +186,11 @@ class Resolver:
                 log.warning("what was kept is used: the index cannot be fetched", url=show(value), error=str(error))
                 return
             if tag is not None:
-                _keep(path, kept, tag)
+                try:
+                    head = self.indexes.identify(path)
+                except IndexFormatError:
+                    head = None  # Go's, or nothing that can be used
+                _keep(path, kept, tag, note_of(head))
 
     def _pull(self, value: str, place: S3Place | OciPlace, path: Path, known: str | None) -> str | None:
         if isinstance(place, S3Place):
@@ -249,15 +256,13 @@ def _tag_of(kept: Path) -> str | None:
         return "" if kept.exists() else None
 
 
-def _keep(path: Path, kept: Path, tag: str) -> None:
-    """Name a fetched file, with its tag, in one step."""
+def _keep(path: Path, kept: Path, tag: str, note: tuple[str, bytes]) -> None:
+    """Name a fetched file, with its tag and note, in one step."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            try:
-                os.setxattr(fd, _TAG, tag.encode())
-            except OSError:
-                pass  # a file system without them: it is fetched each time
+            set_note(fd, _TAG, tag.encode())  # where that cannot be, it is fetched each time
+            set_note(fd, *note)
             os.fsync(fd)
         finally:
             os.close(fd)

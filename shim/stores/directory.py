@@ -57,8 +57,8 @@ class DirectoryStore:
         self.put(digest_name(file), file)
         return self.put(name_of(image), file)
 
-    def put(self, name: str, file: Path, *, replace: bool = False) -> str:
-        """Store `file` as `name`. replace: in the place of what is there."""
+    def put(self, name: str, file: Path, *, replace: bool = False, note: tuple[str, bytes] | None = None) -> str:
+        """Store `file` as `name`. replace: in the place of what is there. note: an extended attribute, if possible."""
         target = self._root / name
         try:
             target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -67,6 +67,8 @@ class DirectoryStore:
             try:
                 with open(handle, "wb") as out, open(file, "rb") as source:
                     shutil.copyfileobj(source, out, 1 << 20)
+                    if note is not None:
+                        set_note(out.fileno(), *note)
                     os.fchmod(out.fileno(), 0o644)
                     out.flush()
                     os.fsync(out.fileno())
@@ -85,6 +87,14 @@ class DirectoryStore:
                 f"{target} cannot be written: {error.strerror}", hint="is the directory yours, and the disk not full?"
             ) from error
         return f"file://{target}"
+
+
+def set_note(fd: int, name: str, value: bytes) -> None:
+    """Set an extended attribute, if the file system has them."""
+    try:
+        os.setxattr(fd, name, value)
+    except OSError:
+        pass
 
 
 def _sync(directory: Path) -> None:

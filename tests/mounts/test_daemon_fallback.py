@@ -15,7 +15,7 @@ import pytest
 from shim.index import codec
 from tests.support.daemonclient import Client, log_lines, trees
 from tests.support.faultserver import FaultServer
-from tests.support.host import Host
+from tests.support.host import Host, wait_for
 from tests.support.ocitar import DIR, Entry, gzip_bytes, tar
 from tests.support.registry import Registry
 from tests.support.s3 import S3
@@ -123,6 +123,35 @@ def test_archive_when_lazy_does_not_work(server: FaultServer, store: str) -> Non
         assert [step for step, _ in steps(host)] == ["lazy"]
         (shown,) = host.status()["images"]
         assert (shown["step"], shown["reason"]) == ("archive", steps(host)[0][1])
+        check_tree(answer)
+
+
+def test_an_archive_goes_when_nobody_reads_from_it(server: FaultServer) -> None:
+    """It was fetched whole, from beside the image."""
+    with make_host(server, "lazy,archive", CLIP_SHIM_TREE_LINGER="100ms") as host:
+        (host.base / "config.yaml").write_text(json.dumps({"stores": {"lookup": ["oci"]}}))
+        index, archive = host.index(f"{server.host}/app:v1", "app"), host.base / "app-archive.clip"
+        host.clip("archive", f"{server.host}/app:v1", "-o", archive)
+        artifact = host.clip("push", archive, f"oci://{server.host}/app").stdout.strip()
+        archive.unlink()
+        host.start_daemon()
+        for layer in codec.read_index(index).layers:
+            server.faults.add("GET", f"/blobs/{layer.digest}", status=400)
+
+        def archives() -> list[Path]:
+            return list((host.state_dir / "indexes").rglob("*-archive.clip"))
+
+        with Client(host) as client:
+            answer = client.acquire(index)
+            while "wait" in answer:
+                answer = client.receive()
+            assert (answer["ok"], answer.get("step")) == (True, "archive"), (answer, artifact)
+            host.clip("cache", "clean", "--max-age", "0")
+            assert len(archives()) == 1
+            check_tree(answer)
+        wait_for("it goes", lambda: host.clip("cache", "clean", "--max-age", "0") and not archives())
+        answer = acquire(host, index)
+        assert answer["step"] == "archive"
         check_tree(answer)
 
 

@@ -177,6 +177,44 @@ def test_a_store_that_lies_or_is_away_is_passed_over(registry: Registry, s3: S3)
         assert len(log_lines(host, "indexed")) == 1
 
 
+def test_indexes_that_nobody_uses_go(registry: Registry) -> None:
+    """Those that the node made or fetched; not while a container runs by them, and not what people put there."""
+    with make_host(registry) as host:
+        host.env["CLIP_SHIM_TREE_LINGER"] = "100ms"
+        name = f"{registry.host}/small"
+        host.clip("push", host.index(f"{name}:latest", "x", "--checkpoint-mib", "7"), f"oci://{name}:index")
+        kept = host.state_dir / "indexes"
+        host.clip("push", host.index(f"{name}:latest", "y", "--checkpoint-mib", "9"), f"{kept}/")
+        own = sorted(kept.rglob("*.clip"))
+        assert len(own) == 2, "by image and by its own hash"
+        for path in own:
+            path.rename(path.with_stem(f"{path.stem}-mine"))
+        own = sorted(kept.rglob("*.clip"))
+        host.start_daemon()
+
+        def files() -> list[Path]:
+            return sorted(path for path in kept.rglob("*") if path.is_file())
+
+        def clean() -> None:
+            host.clip("cache", "clean", "--max-age", "0")
+
+        with Client(host) as client:
+            answer = client.ask({"op": "acquire", "source": "annotation", "value": f"image://{name}:latest"})
+            while "wait" in answer:
+                answer = client.receive()
+            assert answer["ok"], answer
+            assert ask(host, f"oci://{name}:index")["ok"]
+            assert len([path for path in files() if path.parent.name == ".urls"]) == 1
+            wait_for("the other tree is unmounted", lambda: len(host.status()["images"]) == 1)
+            clean()
+            assert len(files()) == len(own) + 2, "the image's index and its copy by its own hash"
+        wait_for("the tree is unmounted", lambda: not host.status()["images"])
+        clean()
+        assert files() == own
+        assert ask(host, f"image://{name}:latest")["ok"]
+        assert len(log_lines(host, "indexed")) == 2
+
+
 def test_a_killed_job_is_told_and_made_again(registry: Registry) -> None:
     """Nothing half made is ever found."""
     with make_host(registry) as host:
