@@ -210,7 +210,7 @@ def write_index(path: str | os.PathLike[str], index: Index) -> str:
 
 def check_target(path: Path) -> None:
     """Raises OSError if a rename to `path` would do away with something that is no file: /dev/null, /dev/stdout."""
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file() and not path.is_dir():  # a directory stays anyway
         raise FileExistsError(errno.EEXIST, "it is there, and is no regular file", str(path))
 
 
