@@ -20,8 +20,8 @@ from shim.daemon import notify
 from shim.daemon.fdstore import FdStore, remove_socket
 
 _READY_DELAYS = (0.01, 0.25)  # seconds before a server that did serve is started again: the second time, and at most
-_DELAYS = (0.05, 5.0)  # the same for one that never served
-_GOOD_RUN = 5.0  # seconds after which a crash is the first again: the successor is started at once
+_DELAYS = (0.05, 5.0)  # the same for one that never served, and said why
+_GOOD_RUN = 1.0  # seconds after which a crash is the first again: the successor is started at once
 _LOOK_SECONDS = 1.0
 _SETTLE_SECONDS = 0.02  # a dead server is reaped by then, or hangs
 _WATCHDOG_SECONDS = 60.0
@@ -90,7 +90,8 @@ class Supervisor:
             if self._ending or code == 2 or (first and code == 1):  # 2: a wrong configuration does not mend itself
                 return self._end(code)
             first = first and code is None and not self._store.ready  # it may have failed: the next one says
-            low, high = _READY_DELAYS if self._store.ready else _DELAYS
+            killed = "blobs" in self._store.fds and (code is None or code < 0)  # while it took over: reads wait
+            low, high = _READY_DELAYS if self._store.ready or killed else _DELAYS
             good = code == 0 or (self._store.ready and time.monotonic() - started > _GOOD_RUN)
             delay = 0.0 if good else min(max(delay * 2, low), high)
             if delay and self._pause(delay):
