@@ -14,7 +14,8 @@ from shim.cache.fetch import LazyLayer
 from shim.cache.transfer import Job
 from shim.daemon.flights import Flights
 from shim.daemon.layers import Layers
-from shim.daemon.served import ServedLayer, Source
+from shim.daemon.origins import Source
+from shim.daemon.served import ServedLayer
 from shim.daemon.trust import registry_client
 from shim.errors import CacheError, DaemonError, RegistryError, ShimError, StoreError
 from shim.layers.inflate import inflate_spans

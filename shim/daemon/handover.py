@@ -15,7 +15,7 @@ from shim import log
 from shim.daemon import archives, notify, prepare
 from shim.daemon.imagetree import ImageTree
 from shim.daemon.layers import Layers
-from shim.daemon.served import Source
+from shim.daemon.origins import Source
 from shim.daemon.trees import Trees
 from shim.errors import DaemonError, ShimError
 from shim.fuse.journal import Journal

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -17,21 +16,17 @@ from shim.cache.store import LayerCache, layer_name
 from shim.cache.transfer import LayerStats
 from shim.daemon import archives
 from shim.daemon.access import Access, Held
+from shim.daemon.origins import Origins, Source
 from shim.daemon.profile import Recording
-from shim.daemon.served import ServedLayer, Source, Traffic
+from shim.daemon.served import ServedLayer, Traffic
 from shim.daemon.trace import Listener, WatchedBlob
-from shim.daemon.trust import check_registry, registry_client
-from shim.errors import CacheError, IntegrityError, RegistryError, ShimError, StoreError
+from shim.daemon.trust import check_registry
+from shim.errors import CacheError, ShimError
 from shim.fuse.blob import Waiting
 from shim.fuse.server import BlobServer
 from shim.index.spanfile import SpanFile
-from shim.registry.credentials import CredentialStore
-from shim.registry.hooks import Hooks
 from shim.registry.ref import ImageRef
-from shim.registry.retry import RetryPolicy
 from shim.settings import Settings
-
-_IMPATIENT_SECONDS = 4.0
 
 
 class Layers:
@@ -50,21 +45,8 @@ class Layers:
         self._server = server
         self._cache = LayerCache(settings.state_dir / "cache", on_full=on_full)
         self._pool = FetchPool(settings["fetch.threads"])
-        hooks = Hooks()
-        credentials = CredentialStore(hooks=hooks)
-        pool_size = settings["fetch.threads"] * 2
-        self._client = registry_client(settings, hooks=hooks, credentials=credentials, pool_size=pool_size)
-        # for a layer that another repository has too: a host that hangs is left after seconds, not after half a minute
-        self._impatient = registry_client(
-            settings,
-            hooks=hooks,
-            credentials=credentials,
-            policy=RetryPolicy(attempts=1, mirror_attempts=1),
-            pool_size=pool_size,
-            connect_timeout=_IMPATIENT_SECONDS,
-            read_timeout=_IMPATIENT_SECONDS,
-        )
-        self._access = Access(self._client, settings["trust.cached"])
+        self._origins = Origins(settings)
+        self._access = Access(self._origins.client, settings["trust.cached"])
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self._served: dict[str, ServedLayer] = {}
@@ -148,7 +130,10 @@ class Layers:
 
         @contextmanager
         def open_range(start: int, end: int) -> Iterator[Iterator[bytes]]:
-            with self._open(name, start, end) as chunks:
+            with self._lock:
+                served = self._served.get(name)
+                sources = list(served.sources) if served is not None else []
+            with self._origins.open(name, sources, start, end) as chunks:
                 yield chunks
 
         with ExitStack() as undo:
@@ -178,37 +163,6 @@ class Layers:
                 ) from error
             undo.pop_all()
         return ServedLayer(lazy, spans)
-
-    @contextmanager
-    def _open(self, name: str, start: int, end: int) -> Iterator[Iterator[bytes]]:
-        """Compressed bytes of a layer from the first of its sources that has it; one that failed lately comes last."""
-        with self._lock:
-            served = self._served.get(name)
-            sources = sorted(served.sources, key=lambda source: source.failed) if served else []
-        trouble: ShimError = RegistryError(f"nobody knows where layer {name[:12]} is")
-        for source in sources:
-            client = self._client if source is sources[-1] else self._impatient
-            try:
-                stream = source.stream(client, start, end)
-                stream.__enter__()
-            except (RegistryError, StoreError, IntegrityError) as error:
-                source.failed = time.monotonic()
-                if not (isinstance(trouble, RegistryError | StoreError) and trouble.retryable):
-                    trouble = error  # one that may pass counts more than another repository's "no such blob"
-                continue
-            try:
-                yield iter(stream)
-            except IntegrityError:
-                stream.report_corrupt()
-                source.failed = time.monotonic()
-                raise
-            except (RegistryError, StoreError):
-                source.failed = time.monotonic()
-                raise
-            finally:
-                stream.close()
-            return
-        raise trouble
 
     def served(self, name: str) -> ServedLayer | None:
         """A layer, for who has a tree over it; its `sources` are not to be changed."""
@@ -375,20 +329,13 @@ class Layers:
 
     def traffic(self) -> dict[str, Any]:
         """Requests and bytes from registries since the start, by host and kind."""
-        total: dict[str, dict[str, int]] = {}
-        for client in (self._client, self._impatient):
-            for (host, kind), count in sorted(client.counters.snapshot().items()):
-                row = total.setdefault(f"{host} {kind}", {})
-                for name, number in asdict(count).items():
-                    row[name] = row.get(name, 0) + number
-        return total
+        return self._origins.traffic()
 
     def close(self) -> None:
         """The server has stopped reading: flush the cache and let go of it."""
         self._pool.close()
         self._cache.close()
-        self._client.close()
-        self._impatient.close()
+        self._origins.close()
 
 
 def _sum(total: LayerStats, lazy: LazyLayer) -> LayerStats:

@@ -1,47 +1,16 @@
-"""One served layer: its blob, who uses it, where its bytes come from."""
+"""One served layer: its blob, who uses it, what was fetched of it."""
 
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field
 
-from shim.archive.source import ArchiveBytes
 from shim.cache.fetch import LazyLayer
-from shim.daemon.archives import ArchiveStream
+from shim.daemon.origins import Source
 from shim.daemon.profile import Recording
 from shim.daemon.trace import WatchedBlob
 from shim.index.spanfile import SpanFile
-from shim.registry.client import RegistryClient
-from shim.registry.ref import ImageRef
-from shim.registry.stream import BlobStream
 
 _MAX_SOURCES = 16  # the latest repositories of a layer; one that serves for months sees many
-
-
-@dataclass(slots=True)
-class Source:
-    """Where a layer's compressed bytes can be had: an image's repository, and the blob's digest there.
-
-    failed: when it last did (monotonic), 0 for never.
-    """
-
-    ref: ImageRef
-    digest: str
-    failed: float = 0.0
-    archive: ArchiveBytes | None = None  # where they are instead, if the image is an archive
-
-    @property
-    def place(self) -> str:
-        """The host, for messages."""
-        return self.archive.reader.place if self.archive is not None else self.ref.registry
-
-    def is_same(self, other: Source) -> bool:
-        """Whether it is the same blob of the same repository, whatever the tag."""
-        return (self.place, self.ref.name, self.digest) == (other.place, other.ref.name, other.digest)
-
-    def stream(self, client: RegistryClient, start: int, end: int) -> BlobStream | ArchiveStream:
-        if self.archive is not None:
-            return ArchiveStream(self.archive, start, end)
-        return client.open_blob(self.ref, self.digest, start, end)
 
 
 @dataclass(frozen=True, slots=True)
