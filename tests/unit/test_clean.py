@@ -54,6 +54,14 @@ def test_by_size_the_least_recently_used_go_first() -> None:
     assert names(plan(items, Limits(max_bytes=1), NOW, PLENTY)) == ["b", "c", "a"]  # and never what is pinned
 
 
+def test_what_a_tag_meant_is_not_forgotten_for_space() -> None:
+    """It takes none, and without it an image does not start while its registry is away."""
+    items = [Item("tag", "tag", 0, NOW - 100), Item("index", "index", GIB, NOW - 20), layer("layer", GIB, 10)]
+    assert names(plan(items, Limits(max_bytes=1), NOW, PLENTY)) == ["index", "layer"]
+    assert names(plan(items, Limits(free_low=0.2), NOW, Disk(100 * GIB, 0))) == ["index", "layer"]
+    assert names(plan(items, Limits(max_age=50), NOW, PLENTY)) == ["tag"]
+
+
 def test_between_the_watermarks() -> None:
     items = [layer(str(age), 10 * GIB, age) for age in range(5)]
     limits = Limits(free_low=0.2, free_high=0.25)
