@@ -86,7 +86,7 @@ def create_from_oci_image(
     from shim.registry.client import RegistryClient
     from shim.registry.hooks import Hooks
     from shim.registry.ref import ImageRef
-    from shim.stores.transfer import whole_file
+    from shim.stores.base import whole_file
 
     ref = ImageRef.parse(image_ref)
     hooks = Hooks() if warn is None else Hooks(warn=warn)
@@ -138,7 +138,7 @@ def create_archive(
     from shim.registry.client import RegistryClient
     from shim.registry.hooks import Hooks
     from shim.registry.ref import ImageRef
-    from shim.stores.transfer import whole_file
+    from shim.stores.base import whole_file
 
     if (image_ref is None) == (rootfs is None):
         raise UsageError("an archive is made of an image or of a directory", hint="give a reference or a rootfs")
@@ -182,8 +182,9 @@ def push_archive(
     """
     from shim.archive.remote import pointer
     from shim.errors import UsageError
+    from shim.stores.base import whole_file
     from shim.stores.s3 import options_of
-    from shim.stores.transfer import Stores, whole_file
+    from shim.stores.transfer import Stores
     from shim.stores.urls import S3Place, parse
 
     current = settings or settings_module.load()

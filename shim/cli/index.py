@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         from shim.stores import urls
 
         urls.parse(args.push)  # before any byte is fetched
+    # What is made here is kept to the end, and looking for cycles in it would take a twentieth of the time.
+    gc.set_threshold(100_000)
     started = time.monotonic()
     with _output(args, ref) as output:
         facts = _index(args, output)

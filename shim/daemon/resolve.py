@@ -42,9 +42,9 @@ from shim.registry.ref import ImageRef, check_digest
 from shim.registry.retry import RetryPolicy
 from shim.settings import Settings
 from shim.stores import urls
+from shim.stores.base import whole_file
 from shim.stores.directory import set_note
 from shim.stores.oci import OciStore
-from shim.stores.transfer import whole_file
 from shim.stores.urls import OciPlace, S3Place
 
 _IMAGE = "image://"

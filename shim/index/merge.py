@@ -238,7 +238,8 @@ class TreeMerger:
             node.children = {}
             self._remove(children, base)
         else:
-            self._remove(children, base)
+            if old is not None:
+                self._remove(children, base)
             made = self._make(entry, path)
             if made is None:
                 return

@@ -158,6 +158,7 @@ class LayerScanner:
         self._chunks.put(None)
         for thread in self._threads:
             thread.join()
+        self._free = SimpleQueue()  # the scanner and its threads are a cycle: not to hold the buffers until it is found
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ from zlib import adler32
 from shim.errors import LayerError
 from shim.index.model import BLOCK
 from shim.layers import tarfields
-from shim.layers.tarfields import SPECIAL_LIMIT, bad, parse_int, parse_number, parse_time
+from shim.layers.tarfields import SPECIAL_LIMIT, bad, number, owner, parse_int, parse_number, parse_time
 
 REGULAR, LINK, SYMLINK, CHAR, BLOCK_DEVICE, DIRECTORY, FIFO = b"0", b"1", b"2", b"3", b"4", b"5", b"6"
 
@@ -32,6 +32,7 @@ _META = frozenset((_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK))
 _USTAR_MAGIC, _GNU_MAGIC, _STAR_TRAILER = b"ustar\0", b"ustar  \0", b"tar\0"
 
 _ZERO = bytes(BLOCK)
+_NO_DEVICE = b"0000000\0"
 _unpack = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x").unpack
 
 
@@ -138,22 +139,31 @@ class TarWalker:
             raw_name, raw_mode, raw_uid, raw_gid, raw_size, raw_mtime, raw_sum,
             kind, raw_link, magic, _, _, raw_major, raw_minor, raw_prefix,
         ) = _unpack(block)  # fmt: skip
-        # adler32's lower half is 1 + the sum of the bytes modulo 65521, exact for 256 bytes: 10 times as fast as sum().
-        total = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
-        total += 256 - (adler32(raw_sum) & 0xFFFF) + 1
-        said = _number(raw_sum, at)
+        # adler32's lower half is 1 + the sum of the bytes modulo 65521: 10 times as fast as sum(). Exact for 512 bytes
+        # of ASCII, or for any 256.
+        if block.isascii():
+            total = adler32(block) & 0xFFFF
+        else:
+            total = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 1
+        total += 256 - (adler32(raw_sum) & 0xFFFF)
+        said = number(raw_sum, at)
         if raw_sum[0] & 0x80:  # the one number that is always octal (format.go getFormat)
             said = -1
         if said != total and said != total - 256 * _high_bytes(block):
             raise bad("a header with a wrong checksum", at)
         name = raw_name.partition(b"\0")[0]
-        size = _number(raw_size, at)
-        mode, uid, gid = _number(raw_mode, at), _number(raw_uid, at), _number(raw_gid, at)
-        mtime = _number(raw_mtime, at) * 1_000_000_000
+        size = number(raw_size, at)
+        mode, uid, gid = owner(raw_mode, raw_uid, raw_gid) or (
+            parse_number(raw_mode, at),
+            parse_number(raw_uid, at),
+            parse_number(raw_gid, at),
+        )
+        mtime = number(raw_mtime, at) * 1_000_000_000
         major = minor = 0
         gnu = magic == _GNU_MAGIC
         if gnu or magic[:6] == _USTAR_MAGIC:
-            major, minor = _number(raw_major, at), _number(raw_minor, at)
+            if raw_major != _NO_DEVICE or raw_minor != _NO_DEVICE:
+                major, minor = number(raw_major, at), number(raw_minor, at)
             if raw_prefix[0]:
                 prefix = _prefix(block, gnu, at)
                 if prefix:
@@ -289,7 +299,8 @@ class TarWalker:
             raise LayerError("the tar archive has too many entries")
         if self._metadata_left < 0:
             raise LayerError("the tar archive's names, attributes and sparse maps are too large together")
-        self._clear_extensions()
+        if self._pax or self._long_name or self._long_link:
+            self._clear_extensions()
         self._skip_to_header(data_offset, stored)
         self._emit(entry)
 
@@ -347,19 +358,6 @@ class TarWalker:
         entry.data_offset = data_offset
         entry.typeflag = REGULAR
         self._done(entry, data_offset, stored)
-
-
-def _number(field: bytes, offset: int) -> int:
-    """parse_number, quickly for the usual form: octal digits, then spaces or NULs."""
-    text = field.rstrip(b"\0 ")
-    if not text:
-        return 0
-    if text.isdigit():
-        try:
-            return int(text, 8)
-        except ValueError:
-            pass  # it has an 8 or a 9: refused below
-    return parse_number(field, offset)
 
 
 def _high_bytes(block: bytes) -> int:

@@ -6,6 +6,7 @@ Docker and containerd read layers with archive/tar, so a layer means what it say
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from shim.errors import LayerError
 
@@ -47,6 +48,32 @@ def parse_number(field: bytes, offset: int) -> int:
         raise bad("number out of range in the header", offset)
     # Go parses 64 unsigned bits and takes them as signed.
     return value if value <= INT64_MAX else value - (1 << 64)
+
+
+def number(field: bytes, offset: int) -> int:
+    """parse_number, quickly for the usual form."""
+    value = _usual(field)
+    return parse_number(field, offset) if value is None else value
+
+
+def _usual(field: bytes) -> int | None:
+    """A number of octal digits, then spaces or NULs; None for any other form."""
+    text = field.rstrip(b"\0 ")
+    if not text:
+        return 0
+    if text.isdigit():
+        try:
+            return int(text, 8)
+        except ValueError:
+            pass  # it has an 8 or a 9
+    return None
+
+
+@lru_cache(256)
+def owner(mode: bytes, uid: bytes, gid: bytes) -> tuple[int, int, int] | None:
+    """These fields in their usual form, or None: entries have few different ones."""
+    numbers = _usual(mode), _usual(uid), _usual(gid)
+    return None if None in numbers else numbers  # type: ignore[return-value]
 
 
 def parse_int(text: bytes, offset: int) -> int:

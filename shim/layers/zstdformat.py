@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-
-import zstandard
+from typing import TYPE_CHECKING
 
 from shim.errors import LayerError
 from shim.layers.source import Source
+
+if TYPE_CHECKING:
+    import zstandard
 
 MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_WINDOW = 128 << 20  # what libzstd itself accepts by default (ZSTD_WINDOWLOG_LIMIT_DEFAULT)
@@ -34,6 +36,8 @@ def decode(source: Source) -> Iterator[tuple[int, bytes]]:
     Yields (offset, b"") where a data frame starts, and (-1, data) for its blocks, at most 128 KiB each (perhaps empty).
     Raises LayerError for anything that is not valid zstd.
     """
+    import zstandard  # late: it takes 5 ms, and most layers are gzip
+
     engine = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
     while source.more():
         start = source.offset
@@ -49,6 +53,8 @@ def decode(source: Source) -> Iterator[tuple[int, bytes]]:
 
 
 def _frame(source: Source, engine: zstandard.ZstdDecompressor, start: int) -> Iterator[tuple[int, bytes]]:
+    from zstandard import ZstdError
+
     header, checksum = _frame_header(source, start)
     stream = engine.decompressobj()
     try:
@@ -65,7 +71,7 @@ def _frame(source: Source, engine: zstandard.ZstdDecompressor, start: int) -> It
                 pending += source.take(4)
             yield -1, stream.decompress(pending)
             pending = b""
-    except zstandard.ZstdError as error:
+    except ZstdError as error:
         raise LayerError(f"the zstd frame at byte {start} is damaged: {error}") from error
     if not stream.eof or stream.unused_data:
         raise LayerError(f"the zstd frame at byte {start} does not end where it must")

@@ -1,11 +1,17 @@
-"""What an index store is, and what an index is called in one."""
+"""What an index store is, what an index is called in one, and how a file is written whole or not at all."""
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import file_digest
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from shim.errors import StoreError
+from shim.index import codec
 from shim.registry.ref import ImageRef
 
 
@@ -46,3 +52,24 @@ def digest_name(file: Path) -> str:
     """What an index file is called by its own hash: sha256-HEX.clip."""
     with open(file, "rb") as opened:
         return f"sha256-{file_digest(opened, 'sha256').hexdigest()}.clip"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name at the end, when the block was left without an error. Raises StoreError."""
+    try:
+        codec.check_target(path)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", dir=path.parent)
+        os.close(handle)
+        try:
+            with open(temporary, "w+b") as out:  # by its name, which `out.name` then is
+                yield out
+                out.flush()
+                os.fchmod(out.fileno(), 0o644)
+                os.fsync(out.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror}") from error

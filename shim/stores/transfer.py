@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from shim.errors import AbsentError, IndexFormatError, StoreError, UsageError
+from shim.errors import AbsentError, IndexFormatError, UsageError
 from shim.index import codec, container
 from shim.registry.client import RegistryClient
 from shim.registry.hooks import Hooks
 from shim.registry.ref import ImageRef
 from shim.settings import Settings
 from shim.stores import urls
-from shim.stores.base import IndexStore, archive_name
+from shim.stores.base import IndexStore, archive_name, whole_file
 from shim.stores.directory import DirectoryStore
 from shim.stores.oci import ARCHIVE_TYPE, INDEX_TYPE, OciStore
 from shim.stores.s3 import S3Store, options_of
@@ -147,24 +144,3 @@ def look(file: Path) -> FileFacts:
     if head == container.GO_MAGIC:
         return FileFacts("archive", None, size)
     raise IndexFormatError(f"{file} is neither a clip index nor a clip archive")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name at the end, when the block was left without an error. Raises StoreError."""
-    try:
-        codec.check_target(path)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", dir=path.parent)
-        os.close(handle)
-        try:
-            with open(temporary, "w+b") as out:  # by its name, which `out.name` then is
-                yield out
-                out.flush()
-                os.fchmod(out.fileno(), 0o644)
-                os.fsync(out.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror}") from error

@@ -20,6 +20,7 @@ from shim.goclip import files
 from shim.index import codec
 from shim.index.merge import TreeMerger
 from tests.support.ocitar import CHR, DIR, SYM, Entry, gzip_bytes, tar
+from tests.support.proxy import Proxy
 from tests.support.registry import Registry, sha256
 from tests.support.smallimage import noise, text
 
@@ -248,15 +249,17 @@ def test_a_bar_on_a_terminal(registry: Registry, env: dict[str, str], tmp_path: 
 
 def test_ctrl_c_leaves_nothing(registry: Registry, env: dict[str, str], tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command("index", registry.ref("big", "v1")), cwd=tmp_path, env=env, stderr=theirs, stdout=subprocess.PIPE
-    )
-    os.close(theirs)
     said = b""
-    while b"indexing" not in said:  # the bar: layers are being streamed
-        said += os.read(ours, 4096)
-    process.send_signal(signal.SIGINT)
-    out = process.communicate(timeout=20)[0]
+    with Proxy(registry.host) as proxy:
+        proxy.stall(after=24_000_000)  # half of it
+        process = subprocess.Popen(
+            command("index", f"{proxy.address}/big:v1"), cwd=tmp_path, env=env, stderr=theirs, stdout=subprocess.PIPE
+        )
+        os.close(theirs)
+        while b"indexing" not in said:  # the bar: layers are being streamed
+            said += os.read(ours, 4096)
+        process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=20)[0]
     while True:
         try:
             said += os.read(ours, 4096)

@@ -11,9 +11,8 @@ from shim.cli.main import main
 from shim.errors import StoreError
 from shim.index import codec, container
 from shim.registry.ref import ImageRef
-from shim.stores.base import name_of
+from shim.stores.base import name_of, whole_file
 from shim.stores.directory import DirectoryStore
-from shim.stores.transfer import whole_file
 from tests.support.indexes import sample
 
 
