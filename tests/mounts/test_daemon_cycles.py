@@ -34,7 +34,7 @@ def look():
 def cycle(count):
     for _ in range(count):
         fd = os.open(sys.argv[1], os.O_RDONLY)
-        lease = daemon._trees.acquire((fd, fd))
+        lease = daemon._trees.acquire(daemon._resolver.checked("mount", fd, fd))
         os.close(fd)
         assert os.path.isdir(lease.answer["tree"])
         lease.release()
