@@ -6,17 +6,18 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 
 from shim.cache.fetch import LazyLayer
 from shim.index.model import Spans
 
 _THREADS = 2  # requests at a time: what comes first should be here first
 _NICENESS = 10  # the container that reads, and the threads that answer it, go first
-_STRETCH = 4 << 20  # compressed bytes of one request, about
-_GAP = 1 << 20  # compressed bytes that may be thrown away to save a request …
+_STRETCH = 16 << 20  # compressed bytes of one request, at most about
+_GAP = 2 << 20  # compressed bytes that may be thrown away to save a request …
 _WASTE = 1 / 12  # … as long as all of them are no more than this part of what is wanted
-_RECENT = 16  # stretches that may still grow: what is read much later must not hold up what is read now
+_APART = 24 << 20  # compressed bytes of the profile that may lie between the reads of what is got by one request
 
 
 Hold = Callable[[LazyLayer], AbstractContextManager[bool]]
@@ -25,40 +26,62 @@ Hold = Callable[[LazyLayer], AbstractContextManager[bool]]
 
 @dataclass(slots=True)
 class Stretch:
-    """What one request gets: spans of one layer, which lie in its compressed bytes [start, end)."""
+    """What one request gets: spans of one layer, which lie in its compressed bytes [start, end).
+
+    `first`, `last`: when it is wanted, by the compressed bytes that the profile names before it.
+    """
 
     layer: LazyLayer
     start: int
     end: int
-    spans: list[int] = field(default_factory=list)
+    spans: list[int]
+    first: int
+    last: int
+
+    def joined(self, other: Stretch) -> Stretch | None:
+        """Both and what lies between them, if that makes a reasonable request; `other` begins behind this one."""
+        first, last = min(self.first, other.first), max(self.last, other.last)
+        if last - first > _APART or other.end - self.start > _STRETCH:
+            return None
+        return Stretch(self.layer, self.start, other.end, self.spans + other.spans, first, last)
 
 
 def plan(layers: Sequence[LazyLayer], profile: Sequence[tuple[int, int]]) -> list[Stretch]:
     """What to fetch for a profile of (layer number, span), in the order of the first reads.
 
-    Runs that lie near each other and are wanted at about the same time are got by one request. Everything in `profile`
-    must be there (index/profile.check).
+    Runs that lie near each other and are wanted at about the same time are got by one request, the nearest first: a
+    request costs a registry some 6 ms of CPU, and a client a round trip. Everything in `profile` must be there
+    (index/profile.check).
     """
     runs: dict[tuple[int, int], list[int]] = {}  # (layer, first span of the run) -> spans wanted of it
     for number, span in profile:
         runs.setdefault((number, layers[number].spans.restart(span)), []).append(span)
-    parts = [
-        Stretch(layers[number], *_reach(layers[number].spans, first), spans) for (number, first), spans in runs.items()
-    ]
-    budget = _WASTE * sum(part.end - part.start for part in parts)
-    stretches: list[Stretch] = []
-    for part in parts:
-        for known in reversed(stretches[-_RECENT:]):
-            start, end = min(known.start, part.start), max(known.end, part.end)
-            gap = (end - start) - (known.end - known.start) - (part.end - part.start)
-            if known.layer is part.layer and end - start <= _STRETCH and gap <= min(_GAP, budget):
-                budget -= max(0, gap)  # below 0: it lies in a gap, which is made up for
-                known.start, known.end = start, end
-                known.spans += part.spans
-                break
-        else:
-            stretches.append(part)
-    return stretches
+    wanted = 0
+    parts: dict[tuple[int, int], Stretch] = {}
+    for (number, run), spans in runs.items():
+        start, end = _reach(layers[number].spans, run)
+        parts[number, run] = Stretch(layers[number], start, end, spans, wanted, wanted)
+        wanted += end - start
+    order = sorted(parts)
+    gaps = sorted(
+        (parts[behind].start - parts[before].end, before, behind)
+        for before, behind in pairwise(order)
+        if before[0] == behind[0]
+    )
+    heads = {run: run for run in order}  # any run -> one that is in the same stretch; `parts` has it for the first
+    budget = _WASTE * wanted
+    for gap, before, behind in gaps:
+        if gap > min(_GAP, budget):
+            break
+        while heads[before] != before:
+            before = heads[before]
+        both = parts[before].joined(parts[behind])
+        if both is not None:
+            parts[before] = both
+            del parts[behind]
+            heads[behind] = before
+            budget -= gap
+    return sorted(parts.values(), key=lambda stretch: stretch.first)
 
 
 def _reach(spans: Spans, first: int) -> tuple[int, int]:
