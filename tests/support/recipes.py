@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.support import appimage, ocitar, smallimage
 
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-SCIENCE = (("numpy",), ("pandas", "scikit-learn"))  # a layer each
+SCIENCE = (("numpy",), ("pandas", "scikit-learn"), ("matplotlib",))  # a layer each
 _READ = 1 << 20
 
 
@@ -190,7 +190,7 @@ def _debian_image() -> Recipe:
 
 
 def _science() -> Recipe:
-    """Debian with Python, then numpy, then pandas and scikit-learn: about 700 MB unpacked."""
+    """Debian with Python, numpy, then pandas and scikit-learn, then matplotlib: 700 MB unpacked."""
     layers, below = [_debian_layer()], ()
     for packages in SCIENCE:
         name = "science-" + packages[0]
