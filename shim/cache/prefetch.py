@@ -73,13 +73,14 @@ def plan(layers: Sequence[LazyLayer], profile: Sequence[tuple[int, int]]) -> lis
     for gap, before, behind in gaps:
         if gap > min(_GAP, budget):
             break
-        while heads[before] != before:
-            before = heads[before]
-        both = parts[before].joined(parts[behind])
+        head = before
+        while heads[head] != head:
+            head = heads[head]
+        both = parts[head].joined(parts[behind])
         if both is not None:
-            parts[before] = both
+            parts[head] = both
             del parts[behind]
-            heads[behind] = before
+            heads[behind] = head
             budget -= gap
     return sorted(parts.values(), key=lambda stretch: stretch.first)
 

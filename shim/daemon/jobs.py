@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing import forkserver  # type: ignore[attr-defined,unused-ignore]
 from multiprocessing.connection import Connection
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from shim.errors import DaemonError, ShimError
 
@@ -72,27 +72,27 @@ def run(deadline: float, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     return result
 
 
-class Started:
-    """A job that runs while the caller does something else; `result` must be asked for, or `wait` called."""
+class Beside(Generic[R]):
+    """A call in a thread of its own while the caller does something else, `result` or `wait` at the end."""
 
-    def __init__(self, deadline: float, func: Callable[..., Any], *args: Any) -> None:
-        self._answer: list[Any] = []
+    def __init__(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> None:
+        self._answer: list[R] = []
         self._error: list[BaseException] = []
 
         def work() -> None:
             try:
-                self._answer.append(run(deadline, func, *args))
+                self._answer.append(func(*args, **kwargs))
             except BaseException as error:  # noqa: BLE001  raised by `result`
                 self._error.append(error)
 
-        self._thread = threading.Thread(target=work, name=func.__name__, daemon=True)
+        self._thread = threading.Thread(target=work, name="beside", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
         self._thread.join()
 
-    def result(self) -> Any:
-        """What the job gave, or its error raised, as of `run`."""
+    def result(self) -> R:
+        """What the call gave, or its error raised."""
         self.wait()
         if self._error:
             raise self._error[0]
@@ -128,3 +128,4 @@ def _child(answer: Connection, func: Callable[..., Any], args: tuple[Any, ...], 
         result = ("error", DaemonError(f"{func.__name__.replace('_', ' ')} failed: {error!r}", hint=trace))
     answer.send(result)
     answer.close()
+    os._exit(0)  # nobody has to wait until a tree of 100,000 nodes is taken apart

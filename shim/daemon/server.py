@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from shim import __version__, log
 from shim.cache.ownership import own
-from shim.daemon import handover, jobs, mounter, notify, who
+from shim.daemon import allocator, handover, jobs, mounter, notify, who
 from shim.daemon.background import Background
 from shim.daemon.cleaner import Cleaner
 from shim.daemon.control import Answer, ControlServer, Session
@@ -51,6 +51,7 @@ def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code. Raises ShimError when it cannot start."""
     log.configure(settings["log.level"], settings["log.format"])
     sys.setswitchinterval(0.0005)  # the GIL's: a cached read waits this long beside CPU-bound threads, not 5 ms
+    allocator.keep()
     faulthandler.enable()  # also for the watchdog's SIGABRT
     faulthandler.register(signal.SIGUSR1)
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
@@ -221,6 +222,7 @@ class Daemon:
                 self._starts.tick()
                 if time.monotonic() >= next_sweep:
                     next_sweep = time.monotonic() + _SWEEP_SECONDS
+                    allocator.trim()
                     self._sweep()
                     self._serve_metrics()
             except ShimError as error:

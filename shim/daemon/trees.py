@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import threading
 import time
 from collections import Counter
@@ -12,14 +11,14 @@ from typing import Any
 
 from shim import log
 from shim.cache import discard
-from shim.daemon import indexfile, jobs, mounter, prepare
+from shim.daemon import indexfile, jobs, mounter, preparation
 from shim.daemon.imagetree import LAZY, Files, Fill, ImageTree, Lease
 from shim.daemon.layers import Layers
 from shim.daemon.overlays import is_used, mounted_trees, overlays, tree_users
 from shim.daemon.portable import PortableTree
 from shim.daemon.profile import Profile
 from shim.daemon.startprofiles import StartProfiles
-from shim.errors import CacheError, DaemonError, IndexFormatError, ShimError
+from shim.errors import DaemonError, ShimError
 from shim.mount import mountinfo
 from shim.settings import Settings
 
@@ -192,11 +191,11 @@ class Trees:
                 hint="end the containers that read lazily: after that the daemon mounts them again by itself",
             )
         tier, _ = self.tier()
-        meta = self._prepare(tree, files, tier, end)
+        meta, access = preparation.ready(self._layers, self._profiles, tree.hex, directory, files, tier, end)
         timings["prepare"] = _ms(started)
         try:
             started = time.monotonic()
-            self._layers.confirm(meta, end)
+            access.result()
             timings["access"] = _ms(started)
             started = time.monotonic()
             names = [layer["blob"] for layer in meta["layers"]]
@@ -206,10 +205,10 @@ class Trees:
                 started = time.monotonic()
                 end = max(end, started + _SHARE * self._settings["mount_deadline"])
             if tier == "fuse":
-                left = _left(end)
+                left = preparation.left(end)
                 tree.portable = PortableTree.start(directory / "index.clip", self._blobs, names, target, left)
             else:
-                self._mount_erofs(directory, meta, names, target, tier, _left(end))
+                self._mount_erofs(directory, meta, names, target, tier, preparation.left(end))
             timings["mount"] = _ms(started)
         except BaseException:
             self._layers.discard(tree.hex)
@@ -220,38 +219,6 @@ class Trees:
         self._is_there(tree)
         log.info("tree mounted", image=meta["image"], index=tree.hex, tier=tier, timings=timings)
         return meta
-
-    def _prepare(self, tree: ImageTree, files: Files, tier: str, end: float) -> dict[str, Any]:
-        """The meta of a prepared tree, its layers served. What was kept and is damaged is made again, once."""
-        directory = self._state / tree.hex
-        while True:
-            fresh = indexfile.keep(files.index, tree.hex, directory)
-            meta = None if fresh else prepare.read_meta(directory)
-            try:
-                if meta is not None:
-                    self._serve_layers(tree, meta, directory, files.archive)
-                    return meta
-                log.info("preparing a tree", index=tree.hex)
-                prepare.begin(directory)
-                shape = jobs.Started(_left(end), prepare.prepare_tree, str(directory), tier != "fuse")
-                try:
-                    meta = jobs.run(_left(end), prepare.prepare_layers, str(directory))
-                    self._serve_layers(tree, meta, directory, files.archive)
-                finally:
-                    shape.wait()
-                meta |= shape.result()
-                prepare.finish(directory, meta)
-                return meta
-            except (IndexFormatError, CacheError) as error:
-                self._layers.discard(tree.hex)
-                shutil.rmtree(directory, ignore_errors=True)
-                if fresh:
-                    raise
-                log.warning("what was kept of an index is damaged; making it again", index=tree.hex, error=str(error))
-
-    def _serve_layers(self, tree: ImageTree, meta: dict[str, Any], directory: Path, archive: int) -> None:
-        self._layers.add(tree.hex, meta, directory, archive)
-        self._profiles.begin(tree.hex, meta)
 
     def profile(self, hex_: str) -> Profile:
         """The start profile of an index, () if none is known."""
@@ -387,11 +354,6 @@ class Trees:
         with self._lock:
             mounted = [tree for tree in self._trees.values() if tree.mounted is not None]
             return [tree.status(str(self._run / tree.hex), used[tree.hex]) for tree in mounted]
-
-
-def _left(end: float) -> float:
-    """Seconds until `end`, at least a moment: a job that has no time left says so itself."""
-    return max(0.05, end - time.monotonic())
 
 
 def _ms(since: float) -> float:
