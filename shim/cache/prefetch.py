@@ -17,7 +17,7 @@ _NICENESS = 10  # the container that reads, and the threads that answer it, go f
 _STRETCH = 16 << 20  # compressed bytes of one request, at most about
 _GAP = 2 << 20  # compressed bytes that may be thrown away to save a request …
 _WASTE = 1 / 12  # … as long as all of them are no more than this part of what is wanted
-_APART = 24 << 20  # compressed bytes of the profile that may lie between the reads of what is got by one request
+_APART = 64 << 20  # compressed bytes of the profile that may lie between the reads of what is got by one request
 
 
 Hold = Callable[[LazyLayer], AbstractContextManager[bool]]
