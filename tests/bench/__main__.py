@@ -92,8 +92,9 @@ def write_readme(rows: list[Row]) -> None:
         f"{memory_gib:.0f} GiB, ext4. Medians; ratios are taken pair by pair within one run.\n\n"
         f"{table(rows)}\n\n"
         "How: `indexing.py`, `trees.py`, `starts.py`, `memory.py`, `load.py`, `wrapper.py`. `debian` is a Debian with "
-        "Python in one layer,\n`science` adds numpy, pandas and scikit-learn (tests/support/recipes.py); the registry "
-        "is Debian's docker-registry on\nloopback, the far one behind a proxy of 30 ms and 100 MB/s a connection. "
+        "Python in one layer,\n`science` adds numpy, pandas, scikit-learn and matplotlib, 700 MB in all "
+        "(tests/support/recipes.py); the registry is Debian's docker-registry on\nloopback, the far one behind a proxy "
+        "of 30 ms and 100 MB/s a connection. "
         "Cold: a new daemon with an empty cache, page\ncache dropped; warm: the same container again. `needed` is "
         "found by mincore(2) over the tree after the run.\n"
     )
