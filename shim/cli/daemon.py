@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from shim.errors import ConfigError
+
 
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = sub.add_parser(
@@ -24,7 +26,11 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 def run(args: argparse.Namespace) -> int:
     from shim import settings
 
-    loaded = settings.load(args.config)
+    try:
+        loaded = settings.load(args.config)
+    except ConfigError as error:
+        _refuse(error)
+        raise
     arguments = ["--config", str(args.config.absolute())] if args.config else []
     if "CLIP_SHIM_CONFIG" in os.environ:
         os.environ["CLIP_SHIM_CONFIG"] = os.path.abspath(os.environ["CLIP_SHIM_CONFIG"])
@@ -40,3 +46,14 @@ def run(args: argparse.Namespace) -> int:
     sys.stderr.flush()
     # Not the usual way out, which waits for jobs: one may be in a read that only our successor answers.
     os._exit(code)
+
+
+def _refuse(error: ConfigError) -> None:
+    """Whoever started us hears why there is no daemon; so do those that wait at the socket which systemd has for us:
+    nobody else would answer them before their deadline."""
+    from shim.daemon import notify
+    from shim.daemon.control import refuse
+
+    notify.failed(str(error))
+    for listener in notify.inherited().get("control", [])[:1]:
+        refuse(listener, error)

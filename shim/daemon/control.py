@@ -193,6 +193,25 @@ class ControlServer:
             return _failure(DaemonError(f"internal error: {type(error).__name__}: {error}"))
 
 
+def refuse(listener: int, error: ShimError) -> None:
+    """Give an error to all who wait at a listening socket; it is closed. For a daemon that cannot start at all."""
+    with socket.socket(fileno=listener) as server:
+        server.setblocking(False)
+        try:
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.settimeout(_CLOSE_SECONDS)
+                    try:
+                        while b"\n" not in (data := connection.recv(_MAX_LINE)) and data:
+                            pass  # who is answered before it has asked would take us for lost
+                        connection.sendall(_line(_failure(error)))
+                    except OSError:
+                        continue  # it is gone
+        except OSError:
+            return  # nobody is left
+
+
 def _container(request: Any) -> str | None:
     """The ID of the container that a request is for, for log lines."""
     container = request.get("container") if isinstance(request, dict) else None

@@ -1,7 +1,7 @@
 """The receiving end of sd_notify(3), as systemd has it: what a server says, and the descriptors that it leaves here.
 
 Understood: READY=1, WATCHDOG=1, FDSTORE=1 with FDNAME=, FDSTOREREMOVE=1 with FDNAME=, and of our own
-`notify.leave_witness`. Standard library only.
+`witness.leave`. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 import time
 from pathlib import Path
 
-from shim.daemon import notify
+from shim.daemon.witness import WITNESS
 
 MAX_FDS = 16
 _MAX_MESSAGE = 4096
@@ -90,7 +90,7 @@ class FdStore:
             self.ready = True
         if said.get("WATCHDOG") == "1":
             self.last_ping = time.monotonic()
-        if said.get(notify.WITNESS) == "1" and fds and self.witness < 0:
+        if said.get(WITNESS) == "1" and fds and self.witness < 0:
             self.witness = fds.pop(0)
         if said.get("FDSTOREREMOVE") == "1" and name in self.fds:
             os.close(self.fds.pop(name))

@@ -18,6 +18,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import forkserver  # type: ignore[attr-defined,unused-ignore]
 from multiprocessing.connection import Connection
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -109,8 +110,18 @@ def _end_with_server() -> None:
     os._exit(1)
 
 
+def _be_ended_first() -> None:
+    """When memory runs out, the kernel is to end a job rather than a container: the service manager protects the daemon
+    (OOMScoreAdjust=), not what it computes."""
+    with suppress(OSError), open("/proc/self/oom_score_adj", "r+") as file:
+        if int(file.read()) < 0:
+            file.seek(0)
+            file.write("0")
+
+
 def _child(answer: Connection, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     threading.Thread(target=_end_with_server, name="watch", daemon=True).start()
+    _be_ended_first()
     gc.disable()  # short-lived, and a tree of 100,000 nodes is no garbage: a sixth of the time
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

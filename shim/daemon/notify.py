@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 
 SUPERVISOR = "CLIP_SHIM_SUPERVISOR"
-WITNESS = "X_CLIP_SHIM_WITNESS"
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
@@ -68,24 +66,6 @@ def inherited() -> dict[str, list[int]]:
         os.set_inheritable(fd, False)
         found.setdefault(names[number] if number < len(names) else "unknown", []).append(fd)
     return found
-
-
-def leave_witness() -> None:
-    """Let our supervisor see the moment when we die, also while a thread of ours hangs in the kernel.
-
-    Neither SIGCHLD nor the pidfd of a process comes before its last thread has ended; that of a thread does
-    (PIDFD_THREAD, Linux 6.9). So one thread waits for nothing all our life, and dies when we do.
-    """
-    if supervisor() is None:
-        return
-    thread = threading.Thread(target=threading.Event().wait, name="witness", daemon=True)
-    thread.start()
-    try:
-        fd = os.pidfd_open(thread.native_id or 0, os.O_EXCL)  # PIDFD_THREAD
-    except OSError:
-        return  # an older kernel: the supervisor looks from time to time
-    notify(f"{WITNESS}=1", [fd])
-    os.close(fd)
 
 
 def watchdog_seconds() -> float | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from shim import __version__, log
 from shim.cache.ownership import own
-from shim.daemon import allocator, handover, jobs, mounter, notify, who
+from shim.daemon import allocator, handover, jobs, mounter, notify, who, witness
 from shim.daemon.background import Background
 from shim.daemon.cleaner import Cleaner
 from shim.daemon.control import Answer, ControlServer, Session
@@ -55,8 +55,8 @@ def serve(settings: Settings) -> int:
     faulthandler.enable()  # also for the watchdog's SIGABRT
     faulthandler.register(signal.SIGUSR1)
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    witness.leave()
     stop = _stop_requests()
-    notify.leave_witness()
     try:
         daemon = _make(settings)
     except ShimError as error:

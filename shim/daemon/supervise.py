@@ -30,14 +30,19 @@ _LOG_NAME = "daemon.log"
 _ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _RENEW = signal.SIGUSR2
 _TRY_SECONDS = 20.0
+_TRIAL = """
+import pathlib, sys
+import shim.daemon.supervise, shim.daemon.server, shim.settings
+shim.settings.load(*map(pathlib.Path, sys.argv[1:]))
+"""
 
 
 def supervise(arguments: list[str], run_dir: Path) -> int:
     """Run `clip-shim daemon ARGUMENTS` until we are told to stop; returns its exit code. OSError: no `run_dir`.
 
     A server that ends, however, is started again, with the descriptors it left here. Not so one whose first start fails
-    (exit code 1 or 2): it has said why, and trying for ever in the background would only be in the way of whoever mends
-    that.
+    (exit code 1), or whose configuration is wrong (2) while nothing is mounted: it has said why, and trying for ever in
+    the background would only be in the way of whoever mends that.
     """
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     return Supervisor(arguments, run_dir).run()
@@ -49,7 +54,7 @@ class Supervisor:
 
     The successor of a killed server is started without waiting until that is reaped: a thread of it may hang in the
     kernel until somebody answers, and that is the successor. So whoever is dead but for that counts as ended
-    (`is_corpse`); `notify.leave_witness` is how we hear of it at once. Orphans of servers, jobs that die with them,
+    (`is_corpse`); `witness.leave` is how we hear of it at once. Orphans of servers, jobs that die with them,
     become our children and are reaped here.
     """
 
@@ -87,7 +92,8 @@ class Supervisor:
             self._close_ready()
             if self._renewing and not self._ending:
                 self._renew()
-            if self._ending or code == 2 or (first and code == 1):  # 2: a wrong configuration does not mend itself
+            wrong = code == 2 and "blobs" not in self._store.fds  # else reads wait until somebody mends it
+            if self._ending or wrong or (first and code == 1):
                 return self._end(code)
             first = first and code is None and not self._store.ready  # it may have failed: the next one says
             killed = "blobs" in self._store.fds and (code is None or code < 0)  # while it took over: reads wait
@@ -177,7 +183,7 @@ class Supervisor:
         except BlockingIOError:
             return
         self._ending |= any(number in numbers for number in _ENDING)
-        self._renewing |= _RENEW in numbers and _can_start()
+        self._renewing |= _RENEW in numbers and _can_start(self._arguments)
 
     def _pause(self, seconds: float) -> bool:
         """Wait; True if we are told to end meanwhile."""
@@ -209,9 +215,10 @@ class Supervisor:
         _trim(self._log)
 
 
-def _can_start() -> bool:
-    """Whether what is installed now can be loaded. An upgrade may be half done, and with us go the descriptors."""
-    command = [sys.executable, "-P", "-c", "import shim.daemon.supervise, shim.daemon.server"]
+def _can_start(arguments: list[str]) -> bool:
+    """Whether what is installed now can be loaded, and the configuration be read. An upgrade may be half done, or want
+    other settings, and with us go the descriptors."""
+    command = [sys.executable, "-P", "-c", _TRIAL, *arguments[1:]]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TRY_SECONDS, check=False, text=True

@@ -5,19 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import subprocess
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shim.cache.ownership import is_corpse
-from shim.fuse import connection, proto
 from tests.support import images, killing, smallimage
 from tests.support.host import Host, wait_for
 from tests.support.proxy import Proxy
 from tests.support.registry import Registry
+from tests.support.silentmount import silent
 
 SEED = 20
 KILLS = 16
@@ -69,32 +65,6 @@ if "--supervise" in sys.orig_argv:
 elif sys.orig_argv[1:4] == ["-m", "shim", "daemon"]:
     threading.Thread(target=os.stat, args=(os.environ["CLIP_SHIM_TEST_HANG"] + "/file",), daemon=True).start()
 """
-
-
-@contextmanager
-def silent(directory: Path) -> Iterator[None]:
-    """A FUSE mount whose requests are read and never answered."""
-    directory.mkdir()
-    fd = connection.mount(directory)
-    os.set_blocking(fd, True)
-
-    def serve() -> None:
-        init = os.read(fd, proto.REQUEST_BUFFER)
-        body = proto.init_out(proto.negotiate(memoryview(init)[proto.IN_HEADER.size :]))
-        unique = proto.IN_HEADER.unpack_from(init)[2]
-        os.write(fd, proto.OUT_HEADER.pack(proto.OUT_HEADER.size + len(body), 0, unique) + body)
-        with suppress(OSError):
-            while True:
-                os.read(fd, proto.REQUEST_BUFFER)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-f", "-l", directory], check=True)  # aborts the connection: who hangs gets an error
-        thread.join()
-        os.close(fd)
 
 
 def test_the_dead_are_not_waited_for() -> None:

@@ -289,6 +289,26 @@ def test_half_an_upgrade_is_not_begun(tmp_path: Path) -> None:
         assert end(host, child) == 0
 
 
+def test_a_wrong_configuration_is_no_end_of_reads(registry: Registry) -> None:
+    """Neither an upgrade nor a crash makes them fail meanwhile: they go on when it is mended."""
+    with served(registry.host) as (host, child, index):
+        merged = overlay(host, index)
+        assert sha256(merged / "common/03") == right(3)
+        config = host.base / "config.yaml"
+        mended, old = config.read_text(), server_pid(host)
+        config.write_text("tre: auto\n")
+        os.kill(child.pid, signal.SIGUSR2)
+        wait_for("it is refused", lambda: "this goes on: shim.errors.ConfigError" in host.logs())
+        assert server_pid(host) == old
+        os.kill(old, signal.SIGKILL)
+        wait_for("its successor says why", lambda: "error: " in host.logs() and "unknown key `tre`" in host.logs())
+        assert child.poll() is None
+        config.write_text(mended)
+        assert sha256(merged / "common/17") == right(17)
+        syscalls.umount2(str(merged))
+        assert end(host, child) == 0
+
+
 def test_a_job_ends_with_its_server(registry: Registry) -> None:
     """Killed in the middle of a mount that waits for the registry: neither a process nor a mount stays."""
     with Proxy(registry.host) as proxy, served(proxy.address, "small", **UNASKED) as (host, child, index):

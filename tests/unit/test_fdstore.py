@@ -139,8 +139,8 @@ def test_sockets_of_dead_supervisors_are_removed(tmp_path: Path) -> None:
 
 def test_a_witness_dies_with_its_process(store: FdStore) -> None:
     code = (
-        "import os, sys; from shim.daemon import notify; "
-        "os.environ[notify.SUPERVISOR] = str(os.getppid()); notify.leave_witness(); "
+        "import os, sys; from shim.daemon import notify, witness; "
+        "os.environ[notify.SUPERVISOR] = str(os.getppid()); witness.leave(); "
         "sys.stdout.write('left\\n'); sys.stdout.flush(); sys.stdin.read()"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

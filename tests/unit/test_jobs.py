@@ -52,6 +52,23 @@ def test_a_job_past_its_deadline_is_stopped() -> None:
     assert time.monotonic() - started < 10
 
 
+def oom_score() -> int:
+    return int(Path("/proc/self/oom_score_adj").read_text())
+
+
+@pytest.mark.parametrize(("ours", "its"), [(-900, 0), (300, 300)])
+def test_a_job_goes_before_its_server_and_containers(ours: int, its: int) -> None:
+    place = Path("/proc/self/oom_score_adj")
+    before = place.read_text()
+    code = (
+        "from shim.daemon import jobs\nfrom tests.unit.test_jobs import oom_score\n"
+        f"open('{place}', 'w').write('{ours}')\nprint(jobs.run(20, oom_score))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == f"{its}\n"
+    assert place.read_text() == before
+
+
 def test_a_job_that_dies_is_told() -> None:
     with pytest.raises(DaemonError, match=r"die died unexpectedly \(exit status 7\)"):
         jobs.run(20, die)
