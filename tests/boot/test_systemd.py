@@ -303,6 +303,9 @@ def test_removed_by_force_it_leaves_nobody_waiting(machine: DebianRoot) -> None:
     done = machine.run("dpkg", "--purge", "clip-shim", check=False)
     assert "1 running containers" in done.stderr
     assert machine.unit("ActiveState") == "active"
+    assert machine.unit("NFileDescriptorStore") != "0"
+    machine.run("/var/lib/dpkg/info/clip-shim.prerm", "remove", CLIP_SHIM_FORCE="1")
+    assert machine.unit("NFileDescriptorStore") == "0"
     machine.run("dpkg", "--purge", "clip-shim", CLIP_SHIM_FORCE="1")
     drop()
     done = machine.run("runc", "exec", "left", "sha256sum", "/data/noise.bin", check=False, timeout=20)
