@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shim.cache import prefetch
 from shim.cache.layer import ABSENT
 from shim.cache.prefetch import Prefetch, plan
 from shim.daemon.profile import SECONDS, Recorder, read_profile, write_profile
@@ -94,6 +95,29 @@ def test_plan_joins_neighbours_and_keeps_the_order(make: Make) -> None:
     assert stretches[0].end == one.spans.cstart(first[22])
 
 
+def test_plan_joins_what_a_later_read_connects(make: Make) -> None:
+    lazy = make().lazy
+    first = runs(make().sample)
+    stretches = plan([lazy], [(0, first[i]) for i in (10, 12, 30, 11)])
+    assert [s.spans for s in stretches] == [[first[10], first[11], first[12]], [first[30]]]
+
+
+def test_plan_keeps_apart_what_is_wanted_much_later_and_requests_small(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lazy = make().lazy
+    first = runs(make().sample)
+    size = max(lazy.spans.cstart(first[i + 1]) - lazy.spans.cstart(first[i]) for i in range(40))
+    wanted = [(0, first[i]) for i in (10, *range(20, 30), 11)]
+    monkeypatch.setattr(prefetch, "_APART", 5 * size)
+    assert [s.spans for s in plan([lazy], wanted)][::3] == [[first[10]], [first[11]]]
+    monkeypatch.setattr(prefetch, "_APART", 100 * size)
+    monkeypatch.setattr(prefetch, "_STRETCH", 4 * size)
+    stretches = plan([lazy], wanted)
+    assert max(s.end - s.start for s in stretches) <= 4 * size
+    assert stretches[0].spans == [first[10], first[11]]
+
+
 def test_plan_spends_little_on_gaps(make: Make) -> None:
     lazy = make().lazy
     first = runs(make().sample)
@@ -120,8 +144,7 @@ def test_prefetch_leaves_a_layer_alone_that_is_served_no_longer(make: Make) -> N
         asked.append(layer)
         yield False
 
-    prefetch = Prefetch(plan([bench.lazy], [(0, 0)]), gone)
-    prefetch.start()
+    Prefetch(plan([bench.lazy], [(0, 0)]), gone).start()
     wait_for("the plan is worked off", lambda: not any(t.name.startswith("prefetch-") for t in threading.enumerate()))
     assert asked == [bench.lazy]
     assert bench.source.requests == []
