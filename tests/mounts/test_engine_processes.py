@@ -22,8 +22,9 @@ SLEEP = ["-c", "print(flush=True); import time; time.sleep(60)"]
 def program(tmp_path: Path) -> Path:
     """A program of somebody's, called like the engine."""
     tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
+    for parent in tmp_path.parents:
+        if not parent.stat().st_mode & 0o001:
+            parent.chmod(0o755)
     return Path(shutil.copy("/usr/bin/python3", tmp_path / "containerd"))
 
 

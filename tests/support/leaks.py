@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-MARK = "CLIP_SHIM_TEST"  # in the environment of everything the tests start; its value names the run
+MARK = "CLIP_SHIM_TEST"  # in the environment of everything the tests start; its value names the run: RUN or RUN.WORKER
 PREFIX = "clip-test-"  # of every directory they make; the run's name follows
 _FILESYSTEMS = ("fuse", "erofs", "overlay")
 _PROGRAMS = (
@@ -89,8 +90,8 @@ def snapshot() -> dict[str, list[str]]:
 def leaked(before: dict[str, list[str]], *, ours: bool = False, settle: float = SETTLE) -> list[str]:
     """Lines that say what is there now and was not before; [] if nothing. Ancestors of this process do not count."""
     own = _ancestors()
-    run = os.environ.get(MARK, "")
-    signs = {"processes": f"({run}) ", "mounts": f"{PREFIX}{run}-", "loops": f"{PREFIX}{run}-"}
+    run = re.escape(os.environ.get(MARK, "")) + r"(\.\w+)?"  # and its workers'
+    signs = {"processes": rf"\({run}\) ", "mounts": f"{PREFIX}{run}-", "loops": f"{PREFIX}{run}-"}
     end = time.monotonic() + settle
     while True:
         lines = []
@@ -98,7 +99,7 @@ def leaked(before: dict[str, list[str]], *, ours: bool = False, settle: float = 
             for item in sorted(look() - set(before.get(kind, ()))):
                 if kind == "processes" and item.split(" ")[0] in own:
                     continue
-                if ours and signs[kind] not in item:
+                if ours and not re.search(signs[kind], item):
                     continue
                 lines.append(f"{kind}: {item}")
         if not lines or time.monotonic() > end:

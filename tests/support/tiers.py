@@ -36,6 +36,8 @@ _TOOLS = (
     "umoci",
     "mmdebstrap",
 )
+# Two processes share a tier's files: half of the time is waiting. One file's tests stay together, with their fixtures.
+_WORKERS = ("-n", "2", "--dist", "loadfile")
 _NOTHING_COLLECTED = 5  # pytest's exit code
 
 
@@ -69,7 +71,8 @@ def run_tier(tier: str, arguments: list[str]) -> tuple[str, bool]:
         print(f"\n*** tier {tier} FAILED: {reason}", flush=True)
         return f"FAILED: {reason}", False
     print(f"\n=== {tier}", flush=True)
-    code = subprocess.run([sys.executable, "-m", "pytest", "-q", f"tests/{tier}", *arguments], cwd=ROOT).returncode
+    command = [sys.executable, "-m", "pytest", "-q", *_WORKERS, f"tests/{tier}", *arguments]
+    code = subprocess.run(command, cwd=ROOT).returncode
     if code == _NOTHING_COLLECTED and arguments:
         return "no test selected", True
     return ("passed", True) if code == 0 else (f"FAILED (pytest exit code {code})", False)
