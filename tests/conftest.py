@@ -15,6 +15,8 @@ from tests.support import leaks
 os.environ.setdefault(leaks.MARK, f"{os.getpid()}")
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker looks after its own
     os.environ[leaks.MARK] += f".{os.environ['PYTEST_XDIST_WORKER']}"
+    if os.geteuid() == 0:
+        leaks.own_mounts()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,7 @@ value of `CLIP_SHIM_TEST`, in a process's environment or a directory's name), fo
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -25,6 +26,7 @@ _PROGRAMS = (
     *("clip-shim", "shim.", "dockerd", "containerd", "conmon", "docker-registry"),
     *("runc", "crun", "podman", "docker-proxy", "tests.support"),
 )
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 1 << 18  # sched.h, sys/mount.h
 SETTLE = 15.0  # seconds that ending processes are given
 
 
@@ -105,6 +107,14 @@ def leaked(before: dict[str, list[str]], *, ours: bool = False, settle: float = 
         if not lines or time.monotonic() > end:
             return lines
         time.sleep(0.2)  # looked at again until the deadline
+
+
+def own_mounts() -> None:
+    """A mount namespace of this thread's own, for it and what it starts. In a common one, a namespace that another
+    worker makes would hold copies of our mounts, and a daemon would see the other's containers."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) or libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None):
+        raise OSError(ctypes.get_errno(), "no mount namespace of our own")
 
 
 def _ancestors() -> set[str]:
