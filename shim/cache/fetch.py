@@ -73,11 +73,7 @@ class LazyLayer:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], object] | None = None,
     ) -> None:
-        """readahead: uncompressed bytes, at most. clock and pause(seconds): replaced by tests.
-
-        `on_touch` is called with the spans of a read, when they are read for the first time since it was set, and
-        sometimes again; from any thread, so it must be quick.
-        """
+        """readahead: uncompressed bytes, at most. clock and pause(seconds): replaced by tests."""
         self.node_id = node_id
         self.name = name
         self.size = cached.size
@@ -85,7 +81,7 @@ class LazyLayer:
         self.cached = cached
         self.spans = self._spans = cached.spans
         self._pool = pool
-        self.on_touch: Callable[[range], object] | None = None
+        self._on_touch: Callable[[range], object] | None = None
         self._source = source
         self._read_deadline = read_deadline
         self._clock = clock
@@ -162,10 +158,14 @@ class LazyLayer:
         self._fetch(job)
         return job
 
+    def listen(self, on_touch: Callable[[range], object] | None) -> None:
+        """From now on call `on_touch` with the spans of first reads (and some others): any thread; it must be quick."""
+        self._on_touch = on_touch
+        self.cached.fresh = states.VERIFIED if on_touch is None else states.MARKED
+
     def _touched(self, spans: range) -> None:
-        """Whoever records a start profile hears of a read; see `on_touch`."""
-        if self.on_touch is not None:
-            self.on_touch(spans)
+        if self._on_touch is not None:
+            self._on_touch(spans)
 
     @property
     def is_busy(self) -> bool:
@@ -326,7 +326,9 @@ class LazyLayer:
                     waiter.pieces[span] = data[max(0, waiter.offset - low) : waiter.offset + waiter.size - low]
                 if not waiter.missing:
                     ready.append(waiter)
-        if (span in job.marks or self.on_touch is not None) and not waiters:
+        if waiters:
+            self.cached.unmark(span)  # they were heard
+        elif span in job.marks or (job.local and self._on_touch is not None):
             self.cached.mark(span)
         for waiter in ready:
             self._deliver(waiter)

@@ -58,7 +58,7 @@ class CachedLayer:
     cannot put its bytes before others.
 
     States of a span (`states`, one byte each):
-        ABSENT → VERIFIED        publish: written to `data`
+        ABSENT → VERIFIED        publish: written to `data`; MARKED, where every first reader is looked for
         ABSENT → IN_MEMORY       publish: the disk refused (full, read-only, failing)
         ON_DISK → VERIFIED       verify: read back and hashed to the table's digest
         ON_DISK → ABSENT         verify: it does not; fetched again
@@ -101,6 +101,7 @@ class CachedLayer:
         self.uses = 0  # reads asked for, nearly (no lock); the flusher turns growth into meta.json's mtime
         self.data_fd = -1
         self.states = bytearray(self.count)
+        self.fresh = VERIFIED  # or MARKED: the state of a span that was written
         self._starts = array("Q", (spans.ustart(i) for i in range(self.count)))
         self._starts.append(1 << 63)  # so that the padding belongs to the last span
         self._table_digest = spans.table_digest()
@@ -207,7 +208,7 @@ class CachedLayer:
                 failure = error
             else:
                 fault("publish.set")
-                self.states[span] = VERIFIED
+                self.states[span] = self.fresh
                 self._unsynced.append(span)
                 self._dirty = True
                 self._on_dirty()

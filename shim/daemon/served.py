@@ -48,7 +48,7 @@ class ServedLayer:
         changed: the threads that read look at it without a lock."""
         others = {key: item for key, item in self.recordings.items() if key != tree}
         self.recordings = others if recording is None else {**others, tree: recording}
-        self.lazy.on_touch = self._touched if self.recordings else None
+        self.lazy.listen(self._touched if self.recordings else None)
 
     def _touched(self, spans: range) -> None:
         for recording, number in self.recordings.values():

@@ -27,7 +27,7 @@ def test_what_is_read_first_is_told_once_and_in_order(make: Make) -> None:
     spans = bench.sample.spans
     bench.check(spans.ustart(9), 10)  # fetches its whole run, unheard
     heard: list[int] = []
-    bench.lazy.on_touch = heard.extend
+    bench.lazy.listen(heard.extend)
     for span in (20, 21, 4, 20, 4):
         bench.check(spans.ustart(span) + 3, 10)
     bench.check(spans.ustart(41) - 5, 10)
