@@ -35,6 +35,17 @@ def test_what_is_read_first_is_told_once_and_in_order(make: Make) -> None:
     assert len(heard) < 10
 
 
+def test_no_first_read_slips_through_behind_the_fetch(make: Make) -> None:
+    bench = make()
+    cached, spans = bench.lazy.cached, bench.sample.spans
+    heard: list[int] = []
+    for listener, span in ((heard.extend, 20), (None, 30)):
+        bench.lazy.listen(listener)
+        cached.publish(span, bench.sample.data[spans.ustart(span) : spans.ustart(span + 1)])
+        bench.check(spans.ustart(span), 10)  # before its job says that it has landed
+    assert heard == [20]
+
+
 def test_fetch_ahead_is_one_request_and_leaves_alone_what_is_there(make: Make) -> None:
     bench = make()
     first = runs(bench.sample)
