@@ -38,9 +38,9 @@ def test_status_names_those_who_wait(make: Make) -> None:
 def test_opens_and_releases_are_journalled(make: Make) -> None:
     mount = make()
     lazy, _ = mount.add(sample_layer(), b"a")
-    holder = mount.spawn("files = [open(path + '/a', 'rb') for _ in range(3)]\nprint(1, flush=True)\nsys.stdin.read()")
+    holder = mount.spawn("files = [open(path + '/a', 'rb') for _ in range(3)]\nprint(1, flush=True)\nsignal.pause()")
     assert holder.stdout is not None
-    holder.stdout.readline()
+    assert holder.stdout.readline() == b"1\n"
     assert mount.server.open_count(lazy.node_id) == 3
     assert not mount.server.remove(lazy.node_id)
     copy = mount.state / "copy"
