@@ -16,7 +16,7 @@ from typing import Any
 from shim import log
 from shim.cache import clock, discard
 from shim.cache import layer as states
-from shim.cache.clean import Item, Limits, Report, Shelf, clean, disk_of
+from shim.cache.clean import Item, Limits, Report, clean, disk_of
 from shim.cache.layer import CachedLayer
 from shim.cache.pins import Pins
 from shim.cache.store import cleaners_turn, entries, take_lock
@@ -134,7 +134,7 @@ class DaemonShelf:
         self._trees = trees
         self._pins = pins
         self._state = state_dir
-        self._indexes = KeptIndexes(state_dir)
+        self.indexes = KeptIndexes(state_dir)
 
     def items(self) -> list[Item]:
         users = set(self._trees.in_use()) | self._trees.users()
@@ -147,12 +147,12 @@ class DaemonShelf:
                 refetch = served is not None and _can_refetch(served)
             known = replace(known, size=entry.allocated, last_used=entry.last_used)
             layers.append(replace(known, in_use=entry.is_open, can_refetch=refetch))
-        return trees + layers + self._indexes.items(trees, pins)
+        return trees + layers + self.indexes.items(trees, pins)
 
     def remove(self, item: Item) -> bool:
         if item.kind == "layer":
             return self._layers.cache.remove(item.name)
-        return self._trees.remove(item.name) if item.kind == "tree" else self._indexes.remove(item)
+        return self._trees.remove(item.name) if item.kind == "tree" else self.indexes.remove(item)
 
     def shrink(self, item: Item, size: int) -> int:
         with self._layers.held(item.name) as served:
@@ -255,8 +255,7 @@ class Cleaner:
     def __init__(self, settings: Settings, layers: Layers, trees: Trees) -> None:
         self._settings = settings
         self._state = settings.state_dir
-        self._shelf: Shelf = DaemonShelf(layers, trees, Pins(self._state), self._state)
-        self._indexes = KeptIndexes(self._state)
+        self._shelf = DaemonShelf(layers, trees, Pins(self._state), self._state)
         self._turn = threading.Lock()
 
     def run(self, wanted: Limits, *, dry_run: bool = False) -> Report:
@@ -265,7 +264,7 @@ class Cleaner:
             if not dry_run:
                 discard.sweep(self._state / "cache")
                 discard.sweep(self._state / "trees")
-                self._indexes.sweep()
+                self._shelf.indexes.sweep()
                 self._stamp()
             wanted = _by_the_clock(self._settings, wanted, dry_run=dry_run)
             report = clean(self._shelf, wanted, time.time(), self._state / "cache", dry_run=dry_run)
@@ -299,7 +298,7 @@ class Cleaner:
             ago = now - item.last_used
             is_kept = item.kind in ("layer", "tree")
             if ago < -_STAMP_SECONDS and not is_kept:
-                self._indexes.touch(item)
+                self._shelf.indexes.touch(item)
             elif ago < -_STAMP_SECONDS or (is_kept and item.in_use and ago > _STAMP_SECONDS):
                 touch(self._state / ("cache" if item.kind == "layer" else "trees") / item.name)
 

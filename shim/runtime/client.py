@@ -126,9 +126,8 @@ def try_connect(run_dir: str, end: float) -> Connection | None:
         raise DaemonError(f"{run_dir} belongs to uid {owner}, not to root", hint=f"chown root:root {run_dir}")
     socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     try:
-        _patiently(
-            socket, f"/proc/self/fd/{directory}/control.sock", end
-        )  # a socket's own path may have 107 bytes only
+        # a socket's own path may have 107 bytes only
+        _patiently(socket, f"/proc/self/fd/{directory}/control.sock", end)
     except OSError as error:
         socket.close()
         if error.errno in _ABSENT:
