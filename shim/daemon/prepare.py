@@ -36,11 +36,13 @@ from shim.erofs.chunks import ReadLayer
 from shim.erofs.writer import write_image
 from shim.errors import CacheError, IndexFormatError
 from shim.index import archived, codec
-from shim.index.model import Index, Node, Tree
+from shim.index.flat import FlatTree
+from shim.index.model import Extent, Index
 from shim.index.spanfile import SpanFile, write_span_file
 
 META_VERSION = 2
-IMAGE_VERSION = 1  # raise it when shim/erofs writes other images: those that are kept are then made again
+IMAGE_VERSION = 2  # raise it when shim/erofs writes other images: those that are kept are then made again
+_DIR = 0o04  # st_mode >> 12
 _MAX_LINKS = 40  # Linux: MAXSYMLINKS
 _SEAL = struct.Struct("<8sIIQ488x")  # magic, image version, CRC-32 and length of what stands before; one block
 _SEAL_MAGIC = b"clipseal"
@@ -100,13 +102,13 @@ def prepare_tree(directory: str, erofs: bool = True) -> dict[str, Any]:
     files.
     """
     base = Path(directory)
-    index = codec.decode(codec.read_file(base / "index.clip"), spans=False)
+    index, tree = codec.decode_flat(codec.read_file(base / "index.clip"))
     if erofs:
-        _try_image(base, index)
+        _try_image(base, index, tree)
     return {
-        "symlinks": _root_symlinks(index.tree),
-        "dirs": [name for name in ("proc", "dev", "sys") if _is_dir(index.tree.root, name.encode())],
-        "probes": _probes(index),
+        "symlinks": _root_symlinks(tree),
+        "dirs": [name for name in ("proc", "dev", "sys") if _is_dir(tree, tree.child(0, name.encode()))],
+        "probes": _probes(tree),
     }
 
 
@@ -121,7 +123,7 @@ def finish(directory: Path, meta: dict[str, Any]) -> None:
         ) from error
 
 
-def _try_image(base: Path, index: Index) -> None:
+def _try_image(base: Path, index: Index, tree: FlatTree) -> None:
     class NeedsBytesError(Exception):
         pass
 
@@ -129,13 +131,9 @@ def _try_image(base: Path, index: Index) -> None:
         raise NeedsBytesError
 
     try:
-        _commit(base / "image.erofs", lambda out: _write_sealed(out, index, refuse))
+        _commit(base / "image.erofs", lambda out: _write_sealed(out, index, tree, refuse))
     except NeedsBytesError:
         pass
-
-
-def _sizes(index: Index) -> list[int]:
-    return [layer.uncompressed_size for layer in index.layers]
 
 
 def read_meta(directory: Path) -> dict[str, Any] | None:
@@ -164,7 +162,7 @@ def build_image(directory: str, blobs: str, names: list[str]) -> None:
     base = Path(directory)
     if is_sealed(base / "image.erofs"):
         return
-    index = codec.read_index(base / "index.clip")
+    index, tree = codec.decode_flat(codec.read_file(base / "index.clip"))
 
     def read_layer(layer: int, offset: int, length: int) -> bytes:
         with open(os.path.join(blobs, names[layer]), "rb", buffering=0) as blob:
@@ -176,11 +174,11 @@ def build_image(directory: str, blobs: str, names: list[str]) -> None:
                 data += piece
             return data
 
-    _commit(base / "image.erofs", lambda out: _write_sealed(out, index, read_layer))
+    _commit(base / "image.erofs", lambda out: _write_sealed(out, index, tree, read_layer))
 
 
-def _write_sealed(out: BinaryIO, index: Index, read_layer: ReadLayer) -> None:
-    write_image(index.tree, _sizes(index), out, read_layer)
+def _write_sealed(out: BinaryIO, index: Index, tree: FlatTree, read_layer: ReadLayer) -> None:
+    write_image(tree, [layer.uncompressed_size for layer in index.layers], out, read_layer)
     length = out.seek(0, os.SEEK_END)
     out.seek(0)
     check = _crc(out, length)
@@ -223,71 +221,78 @@ def _commit(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-def _is_dir(root: Node, name: bytes) -> bool:
-    node = (root.children or {}).get(name)
-    return node is not None and node.is_dir
+def _is_dir(tree: FlatTree, inode: int | None) -> bool:
+    return inode is not None and tree.attributes[tree.attribute_of[inode]].kind == _DIR
 
 
-def _root_symlinks(tree: Tree) -> dict[str, dict[str, object]]:
+def _root_symlinks(tree: FlatTree) -> dict[str, dict[str, object]]:
     """The root's symlinks with their targets, and whether each resolves inside the tree.
 
     Names and targets are decoded as the file system encoding does (surrogateescape), as the wrapper encodes them back.
     """
     found: dict[str, dict[str, object]] = {}
-    for name, node in (tree.root.children or {}).items():
-        if node.is_symlink:
+    for entry in tree.directories[0].entries:
+        name, target = tree.names[entry], tree.targets.get(tree.inodes[entry])
+        if target is not None:
             found[os.fsdecode(name)] = {
-                "target": os.fsdecode(node.target),
+                "target": os.fsdecode(target),
                 "resolves": resolve(tree, b"/" + name) is not None,
             }
     return found
 
 
-def resolve(tree: Tree, path: bytes) -> Node | None:
-    """The node that `path` leads to inside the tree, symlinks followed as chroot would, or None."""
+def resolve(tree: FlatTree, path: bytes) -> int | None:
+    """The inode that `path` leads to inside the tree, symlinks followed as chroot would, or None."""
     links = 0
-    done: list[Node] = [tree.root]
+    inode, here = 0, 0  # what was reached, and the directory to go on from
     todo = [part for part in reversed(path.split(b"/")) if part]
     while todo:
         part = todo.pop()
-        here = done[-1]
-        if part == b"." or part == b"..":
-            if part == b".." and len(done) > 1:
-                done.pop()
+        directory = tree.directories[here]
+        if directory.inode != inode:
+            return None  # a file in the middle
+        if part in (b".", b".."):
+            if part == b"..":
+                here = directory.parent
+                inode = tree.directories[here].inode
             continue
-        node = (here.children or {}).get(part)
-        if node is None:
+        child = tree.child(here, part)
+        if child is None:
             return None
-        if node.is_symlink:
+        target = tree.targets.get(child)
+        if target is not None:
             links += 1
             if links > _MAX_LINKS:
                 return None
-            if posixpath.isabs(node.target):
-                done = [tree.root]
-            todo.extend(piece for piece in reversed(node.target.split(b"/")) if piece)
-        else:
-            done.append(node)
-    return done[-1]
+            if posixpath.isabs(target):
+                inode, here = 0, 0
+            todo.extend(piece for piece in reversed(target.split(b"/")) if piece)
+            continue
+        inode = child
+        if _is_dir(tree, child):
+            here = next(number for number, other in enumerate(tree.directories) if other.inode == child)
+    return inode
 
 
-def _probes(index: Index) -> list[dict[str, object]]:
+def _probes(tree: FlatTree) -> list[dict[str, object]]:
     """One file for each layer, to compare what EROFS shows with what the layer holds; programs' loaders come first,
     since a container reads them anyway."""
-    best: dict[int, tuple[int, bytes, int, int]] = {}
-    directories = [(b"", index.tree.root)]
-    while directories:
-        base, parent = directories.pop()
-        for name, node in (parent.children or {}).items():
-            if node.children is not None:
-                directories.append((base + b"/" + name, node))
-                continue
-            if not node.extents or node.extents[0].logical:
-                continue
-            extent = node.extents[0]
-            rank = 0 if name.startswith((b"ld-linux", b"ld-musl", b"ld.so")) else 1 if name == b"busybox" else 2
-            if extent.layer not in best or rank < best[extent.layer][0]:
-                best[extent.layer] = (rank, base + b"/" + name, extent.offset, min(extent.length, 4096))
+    best: dict[int, tuple[int, int, Extent]] = {}
+    ranks = dict.fromkeys({layer: inode for inode, layer in enumerate(tree.layers)}.values(), 2)  # one a layer
+    for entry, name in enumerate(tree.names):
+        if name.startswith((b"ld-linux", b"ld-musl", b"ld.so", b"busybox")):
+            ranks[tree.inodes[entry]] = 1 if name.startswith(b"busybox") else 0
+    for inode, rank in ranks.items():
+        extents = tree.data_of(inode)
+        if extents and not extents[0].logical and (extents[0].layer not in best or rank < best[extents[0].layer][0]):
+            best[extents[0].layer] = (rank, inode, extents[0])
     return [
-        {"layer": layer, "rank": rank, "path": os.fsdecode(path), "offset": offset, "length": length}
-        for layer, (rank, path, offset, length) in sorted(best.items())
+        {
+            "layer": layer,
+            "rank": rank,
+            "path": os.fsdecode(tree.path(tree.entry_of(inode))),
+            "offset": extent.offset,
+            "length": min(extent.length, 4096),
+        }
+        for layer, (rank, inode, extent) in sorted(best.items())
     ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from shim.erofs.format import BLOCK, BLOCK_BITS, CHUNK_INDEX, MAX_ADDR, MAX_CHUNK_BITS, NULL_ADDR
 from shim.errors import IndexFormatError
-from shim.index.model import Extent, Node
+from shim.index.model import Extent
 
 MAX_FILE = (MAX_ADDR + 1) << BLOCK_BITS  # 2 TiB: 32-bit block addresses
 MAX_INDEX_BYTES = 64 << 20  # chunk indexes of one file; also bounds the memory it takes
@@ -73,18 +73,17 @@ def chunk_bits(size: int) -> int:
     return min(((size - 1) >> BLOCK_BITS).bit_length(), MAX_CHUNK_BITS)
 
 
-def plan(node: Node, device_sizes: Sequence[int]) -> Plan:
+def plan(size: int, extents: Sequence[Extent], device_sizes: Sequence[int]) -> Plan:
     """Cut a file into chunks so that indexes and copied bytes together are fewest. IndexFormatError if it cannot be."""
-    size = node.size
     if not 0 < size <= MAX_FILE:
         raise IndexFormatError("a file larger than 2 TiB cannot be mounted")
-    extents = _merged(node, device_sizes)
-    bits, mixed = _choose(extents, size)
+    merged = _merged(size, extents, device_sizes)
+    bits, mixed = _choose(merged, size)
     chunk = BLOCK << bits
     count = (size + chunk - 1) // chunk
     indexes = bytearray(_HOLE) * count
     pack, step = CHUNK_INDEX.pack_into, chunk >> BLOCK_BITS
-    for extent in extents:
+    for extent in merged:
         shift = extent.offset - extent.logical
         if shift % BLOCK:
             continue
@@ -98,16 +97,16 @@ def plan(node: Node, device_sizes: Sequence[int]) -> Plan:
     copies = [
         (number, number * chunk, min(number * chunk + chunk, size)) for a, b in mixed for number in range(a, b + 1)
     ]
-    return Plan(bits, indexes, copies, extents)
+    return Plan(bits, indexes, copies, merged)
 
 
-def _merged(node: Node, device_sizes: Sequence[int]) -> list[Extent]:
+def _merged(size: int, extents: Sequence[Extent], device_sizes: Sequence[int]) -> list[Extent]:
     """The file's extents, checked, neighbours that continue each other made one."""
     merged: list[Extent] = []
     reached = 0
-    for extent in node.extents:
+    for extent in extents:
         logical, layer, offset, length = extent
-        if length <= 0 or offset < 0 or logical < reached or logical + length > node.size:
+        if length <= 0 or offset < 0 or logical < reached or logical + length > size:
             raise IndexFormatError("its extents overlap, are out of order or lie outside the file")
         if not 0 <= layer < len(device_sizes) or offset + length > device_sizes[layer]:
             raise IndexFormatError("one of its extents lies outside its layer")

@@ -28,7 +28,22 @@ DEVICE_SLOT = struct.Struct("<64sII56x")  # tag, blocks, mapped_blkaddr
 # i_format, i_xattr_icount, i_mode, i_reserved, i_size, i_u, i_ino, i_uid, i_gid, i_mtime, i_mtime_nsec, i_nlink
 INODE = struct.Struct("<HHHHQIIIIqII16x")
 CHUNK_INDEX = struct.Struct("<HHI")  # advise, device_id, blkaddr
-INODE_INDEX = struct.Struct("<HHHHQIIIIqII16xHHI")  # the two together: an inode without xattrs and with one chunk
+# the two together, an inode without xattrs and its one chunk, as columns: field → (offset, type code of `array`)
+INODE_COLUMNS = {
+    "i_format": (0, "H"),
+    "i_mode": (4, "H"),
+    "i_size": (8, "Q"),
+    "i_u": (16, "I"),
+    "i_ino": (20, "I"),
+    "i_uid": (24, "I"),
+    "i_gid": (28, "I"),
+    "i_mtime": (32, "q"),
+    "i_mtime_nsec": (40, "I"),
+    "i_nlink": (44, "I"),
+    "device_id": (66, "H"),
+    "blkaddr": (68, "I"),
+}
+PLAIN_STRIDE = 96  # from one of these to the next: 72 bytes, and the next inode begins at a multiple of NID_UNIT
 DIRENT = struct.Struct("<QHBB")  # nid, nameoff, file_type, reserved
 XATTR_HEADER = struct.Struct("<IBxxxxxxx")  # h_name_filter, h_shared_count
 XATTR_ENTRY = struct.Struct("<BBH")  # e_name_len, e_name_index, e_value_size

@@ -20,8 +20,9 @@ from types import TracebackType
 from typing import Any
 
 from shim.errors import IndexFormatError
-from shim.index import archived, container, profile, spancodec, treecodec
+from shim.index import archived, container, profile, spancodec, treecodec, treereader
 from shim.index.container import Container
+from shim.index.flat import FlatTree
 from shim.index.model import Archive, Compression, Index, Layer, Node, Restart, SpanTable, Tree
 from shim.index.sparse import SparseWindows
 from shim.index.validate import MAX_CONFIG, MAX_LAYERS, validate_head, validate_spans, validate_tree
@@ -153,8 +154,19 @@ def decode(data: Data, *, tree: bool = True, spans: bool = True) -> Index:
             if spans:
                 _read_spans(box, index, meta)
             if tree:
-                index.tree = _read_tree(box, index, meta)
+                index.tree = _read_tree(box, index, meta).nodes()
             return index
+        finally:
+            box.view.release()
+
+
+def decode_flat(data: Data) -> tuple[Index, FlatTree]:
+    """The index without spans and tree, and its tree as columns. Raises IndexFormatError as `decode`."""
+    with memoryview(data) as view, view.cast("B") as flat:
+        box = container.parse(flat, frozenset(LIMITS))
+        try:
+            index, meta = _read_head(box)
+            return index, _read_tree(box, index, meta)
         finally:
             box.view.release()
 
@@ -370,9 +382,9 @@ def _read_spans(box: Container, index: Index, meta: dict[str, Any]) -> None:
         profile.check(index.profile, [table.count for table in tables])
 
 
-def _read_tree(box: Container, index: Index, meta: dict[str, Any]) -> Tree:
-    tree = treecodec.decode_tree(box.read(TREE, LIMITS[TREE]), len(index.layers))
-    validate_tree(tree, [layer.uncompressed_size for layer in index.layers])
-    if count_entries(tree) != meta["entries"]:
+def _read_tree(box: Container, index: Index, meta: dict[str, Any]) -> FlatTree:
+    sizes = [layer.uncompressed_size for layer in index.layers]
+    tree = treereader.decode_tree(box.read(TREE, LIMITS[TREE]), sizes)
+    if len(tree.names) != meta["entries"]:
         raise IndexFormatError("section META gives another number of entries than the tree")
     return tree

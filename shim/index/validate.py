@@ -10,10 +10,11 @@ from __future__ import annotations
 import operator
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from shim.errors import IndexFormatError
+from shim.index.flat import Attributes
 from shim.index.model import WINDOW_SIZE, Compression, Index, Layer, Node, Restart, SpanTable, Tree
 from shim.index.sparse import SparseWindows
 
@@ -29,6 +30,9 @@ MAX_NAME = 255
 MAX_PATH = 4095  # with the leading slash: PATH_MAX less the NUL
 MAX_TARGET = 4095
 MAX_SIZE = (1 << 63) - 1  # loff_t
+MAX_SECONDS = 1 << 63  # of a time, in either direction
+MAX_MAJOR = (1 << 12) - 1
+MAX_MINOR = (1 << 20) - 1
 MAX_ID = (1 << 32) - 2  # 2**32 - 1 means "no change" to chown(2)
 MAX_XATTR_NAME = 255
 MAX_XATTR_VALUE = 65535  # EROFS has 16 bits for it, one byte less than Linux' XATTR_SIZE_MAX
@@ -184,7 +188,7 @@ class _TreeCheck:
         attributes = (node.mode, node.uid, node.gid, node.xattrs)
         problem = "" if attributes in self._attributes else self._attributes_problem(node)
         self._attributes.add(attributes)
-        if not problem and not -(1 << 63) * _NS <= node.mtime < (1 << 63) * _NS:
+        if not problem and not -MAX_SECONDS * _NS <= node.mtime < MAX_SECONDS * _NS:
             problem = "its time does not fit 64 bits of seconds"
         kind = node.mode & FILE_TYPE
         if kind == stat.S_IFREG:
@@ -197,7 +201,7 @@ class _TreeCheck:
         elif node.target:
             problem = problem or "a symlink target where there can be none"
         if node.rdev != (0, 0) and (
-            kind not in DEVICES or not (0 <= node.rdev[0] < 1 << 12 and 0 <= node.rdev[1] < 1 << 20)
+            kind not in DEVICES or not (0 <= node.rdev[0] <= MAX_MAJOR and 0 <= node.rdev[1] <= MAX_MINOR)
         ):
             problem = problem or f"an impossible device number {node.rdev}"
         if (node.children is not None) != (kind == stat.S_IFDIR):
@@ -206,25 +210,9 @@ class _TreeCheck:
             raise IndexFormatError(f"{_show(base, name)}: {problem}")
 
     def _attributes_problem(self, node: Node) -> str:
-        if not 0 <= node.mode <= 0o177777 or node.mode & FILE_TYPE not in _TYPES:
-            return f"an impossible mode {node.mode:#o}"
-        if not (0 <= node.uid <= MAX_ID and 0 <= node.gid <= MAX_ID):
-            return f"an impossible owner {node.uid}:{node.gid}"
-        size = _XATTRS_HEADER
-        for name, value in node.xattrs:
-            if len(name) > MAX_XATTR_NAME or not _XATTR_NAME.fullmatch(name):
-                return f"an extended attribute that no file can have: {name[:64]!r}"
-            if name.startswith(_OVERLAY):
-                return f"an extended attribute that would give overlayfs orders: {name[:64]!r}"
-            if len(value) > MAX_XATTR_VALUE:
-                return f"extended attribute {name!r} is longer than {MAX_XATTR_VALUE} bytes"
-            size += -(-(_XATTR_HEADER + len(name) + len(value)) // 4) * 4
-        if size > MAX_XATTRS_SIZE:
-            return f"its extended attributes take more than {MAX_XATTRS_SIZE} bytes"
-        if len({name for name, _ in node.xattrs}) != len(node.xattrs):
-            return "two extended attributes of one name"
         self._xattrs += len(node.xattrs)
-        return "" if self._xattrs <= MAX_XATTRS else f"the tree has more than {MAX_XATTRS} extended attributes"
+        problem = _attributes_problem(node.mode, node.uid, node.gid, node.xattrs)
+        return problem or ("" if self._xattrs <= MAX_XATTRS else _TOO_MANY_XATTRS.format(MAX_XATTRS))
 
     def _file_problem(self, node: Node) -> str:
         if not 0 <= node.size <= MAX_SIZE:
@@ -245,6 +233,40 @@ class _TreeCheck:
             if self._extents > MAX_EXTENTS:
                 return f"the tree has more than {MAX_EXTENTS} extents"
         return ""
+
+
+_TOO_MANY_XATTRS = "the tree has more than {} extended attributes"
+
+
+def check_attributes(found: Iterable[Attributes]) -> None:
+    """Check what the inodes of a tree have in common. Raises IndexFormatError."""
+    count = 0
+    for attributes in found:
+        count += len(attributes.xattrs)
+        problem = _attributes_problem(*attributes)
+        if problem or count > MAX_XATTRS:
+            raise IndexFormatError(f"the tree is damaged: {problem or _TOO_MANY_XATTRS.format(MAX_XATTRS)}")
+
+
+def _attributes_problem(mode: int, uid: int, gid: int, xattrs: tuple[tuple[bytes, bytes], ...]) -> str:
+    if not 0 <= mode <= 0o177777 or mode & FILE_TYPE not in _TYPES:
+        return f"an impossible mode {mode:#o}"
+    if not (0 <= uid <= MAX_ID and 0 <= gid <= MAX_ID):
+        return f"an impossible owner {uid}:{gid}"
+    size = _XATTRS_HEADER
+    for name, value in xattrs:
+        if len(name) > MAX_XATTR_NAME or not _XATTR_NAME.fullmatch(name):
+            return f"an extended attribute that no file can have: {name[:64]!r}"
+        if name.startswith(_OVERLAY):
+            return f"an extended attribute that would give overlayfs orders: {name[:64]!r}"
+        if len(value) > MAX_XATTR_VALUE:
+            return f"extended attribute {name!r} is longer than {MAX_XATTR_VALUE} bytes"
+        size += -(-(_XATTR_HEADER + len(name) + len(value)) // 4) * 4
+    if size > MAX_XATTRS_SIZE:
+        return f"its extended attributes take more than {MAX_XATTRS_SIZE} bytes"
+    if len({name for name, _ in xattrs}) != len(xattrs):
+        return "two extended attributes of one name"
+    return ""
 
 
 def _show(base: bytes, name: bytes = b"") -> str:

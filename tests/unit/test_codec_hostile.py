@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from shim.errors import IndexFormatError
-from shim.index import codec, columns, container, treecodec
+from shim.index import codec, columns, container, treecodec, treereader
+from shim.index.flat import flatten
+from shim.index.validate import validate_tree
 from tests.support import indexes, indexfiles
 from tests.support.indexes import dump, sample
 
@@ -189,9 +191,33 @@ def test_memory_stays_in_proportion(tmp_path: Path) -> None:
 def test_too_many_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = _most_entries(3000)
     assert codec.count_entries(codec.decode_tree(data)) == 3000
-    monkeypatch.setattr(treecodec, "MAX_ENTRIES", 2999)
+    monkeypatch.setattr(treereader, "MAX_ENTRIES", 2999)
     with pytest.raises(IndexFormatError, match="more than 2999 entries"):
         codec.decode(data)
+
+
+def test_a_tree_that_is_read_is_valid() -> None:
+    """The reader checks columns, `validate_tree` Nodes: whatever the bytes, the one lets nothing pass that the other
+    would not; and what it lets pass comes back the same when it is written."""
+    index = sample()
+    sizes = [layer.uncompressed_size for layer in index.layers]
+    raw = treecodec.encode_tree(index.tree, len(sizes))
+    rng = random.Random(5)
+    passed = 0
+    for _ in range(20_000):
+        damaged = bytearray(raw)
+        for _ in range(rng.randrange(1, 4)):
+            damaged[rng.randrange(4 * len(treecodec.COLUMNS), len(raw))] = rng.choice((0, 1, 2, 3, rng.randrange(256)))
+        try:
+            tree = treereader.decode_tree(bytes(damaged), sizes)
+        except IndexFormatError:
+            continue
+        passed += 1
+        nodes = tree.nodes()
+        validate_tree(nodes, sizes)
+        assert treereader.decode_tree(treecodec.encode_tree(nodes, len(sizes)), sizes).nodes() == nodes
+        assert flatten(nodes).nodes() == nodes
+    assert passed > 1000
 
 
 def test_length_lies_in_the_column_table() -> None:

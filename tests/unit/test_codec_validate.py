@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from shim.errors import IndexFormatError
-from shim.index import codec, treecodec, validate
+from shim.index import codec, treecodec, treereader, validate
 from shim.index.model import Compression, Extent, Index, Node, Restart, Tree
 from shim.index.validate import validate_tree
 from tests.support.indexes import NS, directory, file, put, sample, symlink
@@ -166,6 +166,6 @@ def test_deep_tree_is_refused_at_once() -> None:
     here.children = {}
     tree.count_links()
     with pytest.raises(IndexFormatError, match="longer than 4095"):
-        treecodec.decode_tree(treecodec.encode_tree(tree, 0), 0)
+        treereader.decode_tree(treecodec.encode_tree(tree, 0), [])
     for node in chain:  # or freeing it would recurse
         node.children = None
