@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shim.runtime.config import Config
 
 _STACK_MAX = 16
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def poststop(arguments: list[str], config: Config) -> int:
@@ -70,11 +71,62 @@ def discard(record: Record) -> str | None:
 
 
 def empty(trash: str | None) -> None:
-    """Delete what `discard` took away. What cannot be deleted stays for the sweep."""
-    if trash is not None:
-        import shutil
+    """Delete what `discard` took away. What cannot be deleted stays for the sweep.
 
-        shutil.rmtree(trash, ignore_errors=True)
+    A container makes directories as deep as it likes: those inside another are moved to the top first, so neither
+    recursion nor a path's length ends this. (shutil.rmtree recurses, and takes as long to import as Python to start.)
+    """
+    if trash is None:
+        return
+    try:
+        top = os.open(trash, _DIRECTORY)
+    except OSError:
+        return
+    try:
+        _empty(top)
+        os.rmdir(trash)
+    except OSError:
+        pass
+    finally:
+        os.close(top)
+
+
+def _empty(top: int) -> None:
+    """Delete what is in an open directory, as far as possible."""
+    prefix = os.urandom(8).hex()
+    waiting = _strip(top)
+    moved = 0
+    while waiting:
+        name = waiting.pop()
+        try:
+            fd = os.open(name, _DIRECTORY, dir_fd=top)
+        except OSError:
+            continue
+        try:
+            for below in _strip(fd):
+                moved += 1
+                os.rename(below, f"{prefix}-{moved}", src_dir_fd=fd, dst_dir_fd=top)
+                waiting.append(f"{prefix}-{moved}")
+            os.rmdir(name, dir_fd=top)
+        except OSError:
+            continue  # chattr +i here or below
+        finally:
+            os.close(fd)
+
+
+def _strip(fd: int) -> list[str]:
+    """Delete all in an open directory but its directories, which are named."""
+    left = []
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                left.append(entry.name)
+            else:
+                try:
+                    os.unlink(entry.name, dir_fd=fd)
+                except OSError:
+                    continue  # chattr +i
+    return left
 
 
 def unmount(path: str) -> None:
