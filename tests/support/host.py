@@ -226,13 +226,15 @@ class Host:
         return [point for fstype, point, source in self.mounts() if fstype == "overlay" and source.startswith("clip:")]
 
     def processes(self) -> Iterator[int]:
-        """Living processes whose command line or environment names this host's directory."""
+        """Living processes whose command line, environment or root file system names this host's directory."""
         needle = os.fsencode(self.base)
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) == os.getpid():
                 continue
             with contextlib.suppress(OSError):
                 text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                with open(entry / "mountinfo", "rb") as mounts:  # a container's environment says nothing of us
+                    text += mounts.readline()
                 if needle in text and (self._holder is None or int(entry.name) != self._holder.pid):
                     yield int(entry.name)
 
