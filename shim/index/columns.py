@@ -41,18 +41,20 @@ def unpack(data: bytes, at_most: int) -> list[int]:
         raise IndexFormatError("a number is cut off at a column's end")
     out: list[int] = []
     append = out.append
-    value = shift = 0
-    for byte in data:
-        if byte > 127:
-            value |= (byte & 127) << shift
+    rest = iter(data)
+    for byte in rest:
+        if byte < 128:
+            append(byte)
+            continue
+        value, shift = byte & 127, 7
+        for more in rest:
+            if more < 128:
+                append(value | more << shift)
+                break
+            value |= (more & 127) << shift
             shift += 7
             if shift > _MAX_SHIFT:
                 raise IndexFormatError("a number in a column is too long")
-        elif shift:
-            append(value | byte << shift)
-            value = shift = 0
-        else:
-            append(byte)
     return out
 
 

@@ -6,8 +6,7 @@ The windows of all layers are coded together: what gaps, lengths and bytes have 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise
 from operator import add, sub
 
 from shim.errors import IndexFormatError
@@ -126,7 +125,7 @@ def decode_windows(raw: bytes, tables: list[SpanTable]) -> None:
     gaps, lengths = unpack(parts[1], total), unpack(parts[2], total)
     if len(gaps) != total or len(lengths) != total or sum(lengths) != len(parts[3]):
         raise IndexFormatError("the windows are damaged: their columns differ in length")
-    counts, pairs, at = iter(runs), iter(zip(gaps, lengths, strict=True)), 0
+    counts, number, at = iter(runs), 0, 0
     for table in tables:
         records: list[bytes] = []
         for kind in table.kinds:
@@ -134,22 +133,22 @@ def decode_windows(raw: bytes, tables: list[SpanTable]) -> None:
             if not count:
                 records.append(b"")
                 continue
-            numbers = _positions(pairs, count - 1)
+            stop = number + count - 1
+            numbers = _positions(gaps[number:stop], lengths[number:stop])
+            number = stop
             end = at + sum(numbers[1::2])
             records.append(make_record(numbers, parts[3][at:end]))
             at = end
         table.windows = SparseWindows(records=records)
 
 
-def _positions(pairs: Iterator[tuple[int, int]], count: int) -> list[int]:
+def _positions(gaps: list[int], lengths: list[int]) -> list[int]:
     """start, length, start, length … of one window's runs. Raises IndexFormatError if they leave the window."""
-    numbers: list[int] = []
-    end = 0
-    for gap, length in islice(pairs, count):
-        numbers += (end + gap, length)
-        end += gap + length
-        if not length:
-            raise IndexFormatError("the windows are damaged: an empty run")
-    if end > WINDOW_SIZE:
+    numbers = [0] * (2 * len(gaps))
+    numbers[::2] = accumulate(map(add, gaps, (0, *lengths)))
+    numbers[1::2] = lengths
+    if not all(lengths):
+        raise IndexFormatError("the windows are damaged: an empty run")
+    if numbers and numbers[-2] + numbers[-1] > WINDOW_SIZE:
         raise IndexFormatError("the windows are damaged: a run reaches past its window")
     return numbers
