@@ -44,6 +44,7 @@ META_VERSION = 2
 IMAGE_VERSION = 2  # raise it when shim/erofs writes other images: those that are kept are then made again
 _DIR = 0o04  # st_mode >> 12
 _MAX_LINKS = 40  # Linux: MAXSYMLINKS
+_MAX_STEPS = 100_000  # names that are looked up for all of a root's symlinks; a distribution's take about a hundred
 _SEAL = struct.Struct("<8sIIQ488x")  # magic, image version, CRC-32 and length of what stands before; one block
 _SEAL_MAGIC = b"clipseal"
 _PIECE = 1 << 20
@@ -231,22 +232,27 @@ def _root_symlinks(tree: FlatTree) -> dict[str, dict[str, object]]:
     Names and targets are decoded as the file system encoding does (surrogateescape), as the wrapper encodes them back.
     """
     found: dict[str, dict[str, object]] = {}
+    budget = [_MAX_STEPS]
     for entry in tree.directories[0].entries:
         name, target = tree.names[entry], tree.targets.get(tree.inodes[entry])
         if target is not None:
             found[os.fsdecode(name)] = {
                 "target": os.fsdecode(target),
-                "resolves": resolve(tree, b"/" + name) is not None,
+                "resolves": resolve(tree, b"/" + name, budget) is not None,
             }
     return found
 
 
-def resolve(tree: FlatTree, path: bytes) -> int | None:
-    """The inode that `path` leads to inside the tree, symlinks followed as chroot would, or None."""
+def resolve(tree: FlatTree, path: bytes, budget: list[int]) -> int | None:
+    """The inode that `path` leads to inside the tree, symlinks followed as chroot would, or None: also where the budget
+    of steps, which several paths may share, is used up."""
     links = 0
     inode, here = 0, 0  # what was reached, and the directory to go on from
     todo = [part for part in reversed(path.split(b"/")) if part]
     while todo:
+        budget[0] -= 1
+        if budget[0] < 0:
+            return None
         part = todo.pop()
         directory = tree.directories[here]
         if directory.inode != inode:
@@ -269,8 +275,8 @@ def resolve(tree: FlatTree, path: bytes) -> int | None:
             todo.extend(piece for piece in reversed(target.split(b"/")) if piece)
             continue
         inode = child
-        if _is_dir(tree, child):
-            here = next(number for number, other in enumerate(tree.directories) if other.inode == child)
+        number = tree.directory_of(child)
+        here = here if number is None else number
     return inode
 
 
@@ -279,6 +285,7 @@ def _probes(tree: FlatTree) -> list[dict[str, object]]:
     since a container reads them anyway."""
     best: dict[int, tuple[int, int, Extent]] = {}
     ranks = dict.fromkeys({layer: inode for inode, layer in enumerate(tree.layers)}.values(), 2)  # one a layer
+    ranks |= dict.fromkeys(tree.extents, 3)
     for entry, name in enumerate(tree.names):
         if name.startswith((b"ld-linux", b"ld-musl", b"ld.so", b"busybox")):
             ranks[tree.inodes[entry]] = 1 if name.startswith(b"busybox") else 0
@@ -286,11 +293,12 @@ def _probes(tree: FlatTree) -> list[dict[str, object]]:
         extents = tree.data_of(inode)
         if extents and not extents[0].logical and (extents[0].layer not in best or rank < best[extents[0].layer][0]):
             best[extents[0].layer] = (rank, inode, extents[0])
+    entries = tree.first_entries()
     return [
         {
             "layer": layer,
             "rank": rank,
-            "path": os.fsdecode(tree.path(tree.entry_of(inode))),
+            "path": os.fsdecode(tree.path(entries[inode])),
             "offset": extent.offset,
             "length": min(extent.length, 4096),
         }

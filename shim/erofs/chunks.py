@@ -73,13 +73,23 @@ def chunk_bits(size: int) -> int:
     return min(((size - 1) >> BLOCK_BITS).bit_length(), MAX_CHUNK_BITS)
 
 
-def plan(size: int, extents: Sequence[Extent], device_sizes: Sequence[int]) -> Plan:
-    """Cut a file into chunks so that indexes and copied bytes together are fewest. IndexFormatError if it cannot be."""
+def too_sparse(most: int) -> IndexFormatError:
+    return IndexFormatError(
+        f"the image's sparse files need more than {most >> 20} MiB copied into the tree image",
+        hint="use the portable tree for this image: set `tree: fuse`",
+    )
+
+
+def plan(size: int, extents: Sequence[Extent], device_sizes: Sequence[int], most: int) -> Plan:
+    """Cut a file into chunks so that indexes and copied bytes together are fewest, the copies at most `most` bytes.
+    IndexFormatError if it cannot be."""
     if not 0 < size <= MAX_FILE:
         raise IndexFormatError("a file larger than 2 TiB cannot be mounted")
     merged = _merged(size, extents, device_sizes)
     bits, mixed = _choose(merged, size)
     chunk = BLOCK << bits
+    if sum(min(b * chunk + chunk, size) - a * chunk for a, b in mixed) > most:
+        raise too_sparse(most)
     count = (size + chunk - 1) // chunk
     indexes = bytearray(_HOLE) * count
     pack, step = CHUNK_INDEX.pack_into, chunk >> BLOCK_BITS

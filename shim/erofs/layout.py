@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from shim.erofs import xattrs
-from shim.erofs.chunks import Plan, plan
+from shim.erofs.chunks import Plan, plan, too_sparse
 from shim.erofs.format import (
     BLOCK,
     BLOCK_BITS,
@@ -83,6 +83,7 @@ class Layout:
         self.data_blocks = 0
         self.inline_bytes = 0
         self.index_bytes = 0
+        self.xattr_bytes = 0
         self.bodies = self._xattrs()
         self.folders = [Folder(tree, number) for number in range(len(tree.directories))]
         # the checksum covers the superblock's block: nothing but the device table shares it
@@ -106,17 +107,19 @@ class Layout:
         return self.bodies[self.tree.attribute_of[inode]][0]
 
     def show(self, inode: int) -> str:
-        return show_path(self.tree, self.tree.entry_of(inode))
+        return show_path(self.tree, self.tree.inodes.index(inode))
 
     def _xattrs(self) -> list[tuple[bytes, int]]:
-        """By number of the attributes: the bytes behind an inode, and how many xattrs are left out."""
-        bodies = []
+        """By number of the attributes: the bytes behind an inode, and how many xattrs are left out. Equal sets share
+        their bytes: they may be long."""
+        encoded: dict[tuple[tuple[bytes, bytes], ...], tuple[bytes, int]] = {(): (b"", 0)}
         for number, attributes in enumerate(self.tree.attributes):
-            try:
-                bodies.append(xattrs.encode(attributes.xattrs) if attributes.xattrs else (b"", 0))
-            except IndexFormatError as error:
-                raise IndexFormatError(f"{self.show(self.tree.attribute_of.index(number))}: {error}") from None
-        return bodies
+            if attributes.xattrs not in encoded:
+                try:
+                    encoded[attributes.xattrs] = xattrs.encode(attributes.xattrs)
+                except IndexFormatError as error:
+                    raise IndexFormatError(f"{self.show(self.tree.attribute_of.index(number))}: {error}") from None
+        return [encoded[attributes.xattrs] for attributes in self.tree.attributes]
 
     def _plain(self) -> list[int]:
         """The files without xattrs that are empty or one chunk of a device: nearly all there are."""
@@ -148,12 +151,24 @@ class Layout:
     def _put(self, end: int, xattr_size: int, tail: int, inode: int) -> int:
         """Give `inode` the next place: itself, xattrs, `tail` bytes that must not cross a block. Returns the end."""
         start = (end + NID_UNIT - 1) & -NID_UNIT
+        self.xattr_bytes += xattr_size
+        if self.xattr_bytes > self.max_inline:
+            raise IndexFormatError(f"{self.show(inode)}: the tree's xattrs take more than {self.max_inline >> 20} MiB")
         if tail:
             behind = (start + _INODE + xattr_size) % BLOCK
             if behind + tail > BLOCK:
                 start += (BLOCK - behind + NID_UNIT - 1) & -NID_UNIT
         self.nids[inode] = start // NID_UNIT
         return start + _INODE + xattr_size + tail
+
+    def _put_symlink(self, end: int, inode: int) -> int:
+        """As `_put`. Linux before 6.12 takes xattrs and target of a symlink to be in the block in which its inode ends,
+        also where that end is the block's (fs/erofs/inode.c: erofs_fill_symlink)."""
+        start, size = (end + NID_UNIT - 1) & -NID_UNIT, len(self.body(inode))
+        tail = self._target(inode, size)
+        if tail and (start + _INODE - 1) % BLOCK + 1 + size + tail > BLOCK:
+            start = (start + BLOCK - 1) & -BLOCK
+        return self._put(start, size, tail, inode)
 
     @staticmethod
     def _tail(folder: Folder) -> int:
@@ -172,7 +187,7 @@ class Layout:
                 if kind == _DIR:
                     end = self._put(end, size, self._tail(self.folders[numbers[inode]]), inode)
                 elif kind == _LNK:
-                    end = self._put(end, size, self._target(inode), inode)
+                    end = self._put_symlink(end, inode)
                 elif kind == _REG:
                     tail = self._indexes(inode)
                     end = self._put(end, size, 0, inode)
@@ -202,32 +217,31 @@ class Layout:
                 raise IndexFormatError(f"{self.show(inode)}: an empty file with data")
             return 0
         try:
-            made = plan(size, extents, self.sizes)
+            made = plan(size, extents, self.sizes, self.max_inline)
         except IndexFormatError as error:
-            raise IndexFormatError(f"{self.show(inode)}: {error}") from None
+            raise self._of(inode, error) from None
         self.plans[inode] = made
         self.index_bytes += len(made.indexes)
         blocks = made.copied_blocks
         self.inline_bytes += blocks << BLOCK_BITS
         if self.inline_bytes > self.max_inline or self.index_bytes > self.max_inline:
-            raise IndexFormatError(
-                f"{self.show(inode)}: the image's sparse files need more than {self.max_inline >> 20} MiB "
-                "copied into the tree image",
-                hint="use the portable tree for this image: set `tree: fuse`",
-            )
+            raise self._of(inode, too_sparse(self.max_inline))
         if blocks:
             self.data_blocks += blocks
             self.data.append(inode)
         return len(made.indexes)
 
-    def _target(self, inode: int) -> int:
-        """Bytes of a symlink's target behind its inode; a long one goes to the data area."""
+    def _of(self, inode: int, error: IndexFormatError) -> IndexFormatError:
+        return IndexFormatError(f"{self.show(inode)}: {error}", hint=error.hint)
+
+    def _target(self, inode: int, xattr_size: int) -> int:
+        """Bytes of a symlink's target behind its inode; one that has no room there goes to the data area."""
         target = self.tree.targets[inode]
         length = len(target)
         if not 0 < length <= _MAX_TARGET or b"\0" in target:
             what = "an empty target" if not length else "a target that no file system allows"
             raise IndexFormatError(f"symlink {self.show(inode)} has {what}")
-        if length <= MAX_TAIL:
+        if _INODE + xattr_size + length <= BLOCK:
             return length
         self.data_blocks += (length + BLOCK - 1) >> BLOCK_BITS
         self.data.append(inode)

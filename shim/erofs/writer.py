@@ -49,7 +49,7 @@ DEFAULT_MAX_INLINE = 256 << 20
 MAX_DEVICES = 4096
 _MAX_SIZE = (MAX_ADDR + 1) << BLOCK_BITS
 _NS = 10**9
-_PARTS = 4096  # gathered before they are written
+_GATHERED = 4 << 20  # bytes, before they are written
 _RANGE = "owner, time or size is out of range"
 _REG, _DIR, _LNK, _CHR, _BLK = 0o10, 0o04, 0o12, 0o02, 0o06
 
@@ -103,6 +103,7 @@ class _Writer:
         self.hash = sha256()
         self.position = layout.start
         self.parts: list[bytes | bytearray] = []
+        self.gathered = 0
         kinds = [FILE_TYPES[attributes.kind] for attributes in layout.tree.attributes]
         self.types = [kinds[number] for number in layout.tree.attribute_of]
         self.folders = {folder.inode: folder for folder in layout.folders}
@@ -122,8 +123,6 @@ class _Writer:
                 self._emit(self._dirents(folder).ljust(len(folder.counts) << BLOCK_BITS, b"\0"))
             for inode in inodes:
                 self._inode(inode)
-            if len(self.parts) > _PARTS:
-                self._flush()
         self._pad(layout.data_start << BLOCK_BITS)
         self._flush()
         for piece in self._data():
@@ -156,6 +155,9 @@ class _Writer:
     def _emit(self, data: bytes | bytearray) -> None:
         self.parts.append(data)
         self.position += len(data)
+        self.gathered += len(data)
+        if self.gathered > _GATHERED:
+            self._flush()
 
     def _pad(self, position: int) -> None:
         if position > self.position:
@@ -164,6 +166,7 @@ class _Writer:
     def _flush(self) -> None:
         data = b"".join(self.parts)
         self.parts.clear()
+        self.gathered = 0
         self.hash.update(data)
         self.out.write(data)
 

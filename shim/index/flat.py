@@ -9,10 +9,13 @@ from __future__ import annotations
 import stat
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 from shim.errors import IndexFormatError
 from shim.index.model import Extent, Node, Tree
+
+_inode = attrgetter("inode")
 
 
 class Attributes(NamedTuple):
@@ -31,10 +34,12 @@ class Attributes(NamedTuple):
 
 @dataclass(slots=True)
 class Directory:
-    """inode: its number; parent: number of the directory above (the root's is its own); entries: of its names."""
+    """inode: its number; parent: number of the directory above (the root's is its own); entry: its own name's;
+    entries: of the names in it."""
 
     inode: int
     parent: int
+    entry: int
     entries: list[int] = field(default_factory=list)
 
 
@@ -65,12 +70,22 @@ class FlatTree:
         parts = []
         while entry:
             parts.append(self.names[entry])
-            entry = self.entry_of(self.directories[self.parents[entry]].inode)
+            entry = self.directories[self.parents[entry]].entry
         return b"/" + b"/".join(reversed(parts))
 
-    def entry_of(self, inode: int) -> int:
-        """The first name of an inode."""
-        return self.inodes.index(inode, inode)  # no inode has its first name before as many others
+    def first_entries(self) -> list[int]:
+        """inode → its first name."""
+        found, seen = [], -1
+        for entry, inode in enumerate(self.inodes):
+            if inode > seen:
+                seen = inode
+                found.append(entry)
+        return found
+
+    def directory_of(self, inode: int) -> int | None:
+        """The number of the directory that an inode is, if it is one."""
+        at = bisect_left(self.directories, inode, key=_inode)
+        return at if at < len(self.directories) and self.directories[at].inode == inode else None
 
     def child(self, directory: int, name: bytes) -> int | None:
         """The inode called `name` in a directory (its number), if there is one."""
@@ -119,7 +134,7 @@ class _Flattener:
         if root.children is None or not stat.S_ISDIR(root.mode):
             raise IndexFormatError("the tree's root is no directory")
         flat.inodes.append(self._inode(root))
-        flat.directories.append(Directory(0, 0))
+        flat.directories.append(Directory(0, 0, 0))
         stack = [(0, name, child) for name, child in sorted(root.children.items(), reverse=True)]
         while stack:
             parent, name, node = stack.pop()
@@ -136,12 +151,12 @@ class _Flattener:
                 continue
             flat.inodes.append(self._inode(node))
             if name in (b"", b".", b"..") or b"/" in name or b"\0" in name or len(name) > 255:
-                where = show_path(flat, flat.entry_of(flat.directories[parent].inode))
+                where = show_path(flat, flat.directories[parent].entry)
                 raise IndexFormatError(f"directory {where} has a name that no file system allows")
             if node.children is not None:
                 flat.links[flat.directories[parent].inode] += 1
                 number = len(flat.directories)
-                flat.directories.append(Directory(flat.inodes[-1], parent))
+                flat.directories.append(Directory(flat.inodes[-1], parent, entry))
                 stack.extend((number, below, child) for below, child in sorted(node.children.items(), reverse=True))
         flat.attributes, flat.mtimes = list(self._attributes), list(self._mtimes)
         return flat
@@ -168,7 +183,8 @@ class _Flattener:
 
 
 def show_path(flat: FlatTree, entry: int) -> str:
-    """A path for an error message, at most some 4,000 characters."""
+    """A path for an error message: its beginning and its end, if it is long."""
     path = flat.path(entry)
-    text = (path if len(path) <= 4000 else b"..." + path[-4000:]).decode("utf-8", "backslashreplace")
+    path = path if len(path) <= 300 else path[:150] + b"..." + path[-150:]
+    text = path.decode("utf-8", "backslashreplace")
     return text if text.isprintable() else ascii(text)

@@ -38,9 +38,10 @@ class _Decoder:
         self._raw = dict(zip(COLUMNS, split(raw, len(COLUMNS), "TREE"), strict=True))
         self._sizes = sizes
         self._flat = flat = FlatTree()
-        flat.names = self._raw["names"].split(b"\0")
-        if flat.names.pop() != b"" or not 1 <= len(flat.names) <= MAX_ENTRIES:
+        names = self._raw["names"]
+        if names[-1:] != b"\0" or names.count(b"\0") > MAX_ENTRIES:  # before anything is made of them
             raise IndexFormatError(f"the tree is damaged, or has more than {MAX_ENTRIES} entries")
+        flat.names = names[:-1].split(b"\0")
         self._limit = len(flat.names)
         self._codes = self._numbers("inodes")  # by entry: 0 for a further name, else 1 + the attributes' number
         _check_length("inodes", len(self._codes), self._limit)
@@ -108,7 +109,7 @@ class _Decoder:
         links = flat.links = [1] * len(flat.attribute_of)
         links[0] = 2
         directories, parents, inodes = flat.directories, flat.parents, flat.inodes
-        directories.append(Directory(0, 0))
+        directories.append(Directory(0, 0, 0))
         inodes.append(0)
         here, left, last, length = 0, next(children), b"", 0  # of the directory: its path's length
         append = directories[0].entries.append
@@ -141,7 +142,7 @@ class _Decoder:
                 links[directories[here].inode] += 1
                 links[inode] = 2
                 stack.append((here, left, last, length))
-                directories.append(Directory(inode, here))
+                directories.append(Directory(inode, here, entry))
                 here, left, last, length = len(directories) - 1, next(children), b"", length + 1 + len(name)
                 append = directories[here].entries.append
             inode += 1
@@ -172,12 +173,13 @@ class _Decoder:
     def _small(self) -> None:
         """Symlinks and devices."""
         flat = self._flat
-        targets = self._raw["targets"].split(b"\0")
-        if targets.pop() != b"":
+        raw = self._raw["targets"]
+        if raw and raw[-1] != 0:
             raise _damaged("a symlink target is cut off")
         symlinks, devices = self._of(stat.S_IFLNK), self._of(*DEVICES)
         rdevs = self._numbers("rdevs", 2)
-        _check_length("targets", len(targets), len(symlinks))
+        _check_length("targets", raw.count(b"\0"), len(symlinks))
+        targets = raw.split(b"\0")[:-1]
         _check_length("rdevs", len(rdevs), 2 * len(devices))
         if targets and not 1 <= min(map(len, targets)) <= max(map(len, targets)) <= MAX_TARGET:
             raise IndexFormatError("the tree has a symlink target that is empty or too long")

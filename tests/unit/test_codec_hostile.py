@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from shim.errors import IndexFormatError
 from shim.index import codec, columns, container, treecodec, treereader
 from shim.index.flat import flatten
+from shim.index.model import Index
 from shim.index.validate import validate_tree
 from tests.support import indexes, indexfiles
 from tests.support.indexes import dump, sample
@@ -218,6 +220,24 @@ def test_a_tree_that_is_read_is_valid() -> None:
         assert treereader.decode_tree(treecodec.encode_tree(nodes, len(sizes)), sizes).nodes() == nodes
         assert flatten(nodes).nodes() == nodes
     assert passed > 1000
+
+
+@pytest.mark.parametrize("column", ["names", "targets"])
+def test_names_are_counted_before_they_are_made(column: str) -> None:
+    raw = dict(zip(treecodec.COLUMNS, columns.split(_tree(sample()), len(treecodec.COLUMNS), "TREE"), strict=True))
+    raw[column] = b"ab\0" * 3_000_000
+    section = columns.join([raw[name] for name in treecodec.COLUMNS])
+    tracemalloc.start()
+    try:
+        with pytest.raises(IndexFormatError):
+            treereader.decode_tree(section, [layer.uncompressed_size for layer in sample().layers])
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(section)
+    finally:
+        tracemalloc.stop()
+
+
+def _tree(index: Index) -> bytes:
+    return treecodec.encode_tree(index.tree, len(index.layers))
 
 
 def test_length_lies_in_the_column_table() -> None:

@@ -196,7 +196,7 @@ def test_a_contiguous_file_is_one_chunk() -> None:
 
 def test_files_beyond_a_terabyte_have_two_chunks() -> None:
     size = (1 << 40) + 5
-    node = chunks.plan(size, [Extent(0, 0, 512, size)], [(1 << 41) - 512])
+    node = chunks.plan(size, [Extent(0, 0, 512, size)], [(1 << 41) - 512], 0)
     assert node.bits == 31
     assert bytes(node.indexes) == struct.pack("<HHIHHI", 0, 1, 1, 0, 1, (1 << 31) + 1)
     out = io.BytesIO()
