@@ -43,10 +43,11 @@ def believed(last: Look | None, now: Look, max_age: float) -> float:
 
 def look(directory: Path, max_age: float, *, note: bool) -> float:
     """Look at the clocks, note them in `directory` for the next look; returns `believed`."""
-    last = _read(directory / _NAME)
+    last, is_damaged = _read(directory / _NAME)
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     now = Look(time.time(), time.clock_gettime(time.CLOCK_BOOTTIME), boot)
-    now = Look(now.wall, now.up, boot, believed(last, now, max_age))
+    # a note that a power failure destroyed said something: nobody knows what, so nothing is old for now
+    now = Look(now.wall, now.up, boot, now.wall if is_damaged else believed(last, now, max_age))
     if last is not None and now.believed == now.wall:
         log.warning("the clock went ahead: what is cached counts as used now", seconds=round(now.wall - last.wall))
     if note:
@@ -54,18 +55,24 @@ def look(directory: Path, max_age: float, *, note: bool) -> float:
     return now.believed
 
 
-def _read(path: Path) -> Look | None:
+def _read(path: Path) -> tuple[Look | None, bool]:
+    """The last look, if there is one, and whether what is there cannot be read."""
     try:
         note = json.loads(path.read_bytes())
-        return Look(float(note["wall"]), float(note["up"]), str(note["boot"]), float(note["believed"]))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+        return Look(float(note["wall"]), float(note["up"]), str(note["boot"]), float(note["believed"])), False
+    except FileNotFoundError:
+        return None, False
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None, True
 
 
 def _write(path: Path, now: Look) -> None:
     temporary = path.with_name(f"{_NAME}.tmp")
     try:
-        temporary.write_text(json.dumps(asdict(now)))
+        with open(temporary, "w") as out:
+            out.write(json.dumps(asdict(now)))
+            out.flush()
+            os.fsync(out.fileno())
         os.replace(temporary, path)
     except OSError:
         pass  # nothing can be deleted there either

@@ -301,11 +301,16 @@ class Cleaner:
                 self._shelf.indexes.touch(item)
             elif ago < -_STAMP_SECONDS or (is_kept and item.in_use and ago > _STAMP_SECONDS):
                 touch(self._state / ("cache" if item.kind == "layer" else "trees") / item.name)
+            elif item.kind == "index":
+                self._shelf.indexes.follow(item)
 
     def loop(self, full: threading.Event, stopping: threading.Event) -> None:
         """Run until `stopping`; `full` is set when the disk refused a write, and when the daemon stops."""
-        with self._turn:  # at boot the clock may be wrong still: noted before anything is used by it
-            clock.look(self._state / "cache", self._settings["cache.max_age"], note=True)
+        try:
+            with self._turn:  # at boot the clock may be wrong still: noted before anything is used by it
+                clock.look(self._state / "cache", self._settings["cache.max_age"], note=True)
+        except OSError as error:
+            log.warning("the clock could not be looked at", error=str(error))
         while not stopping.is_set():
             is_full = full.wait(PERIOD)
             if stopping.is_set():

@@ -11,10 +11,13 @@ import os
 import stat
 import time
 from collections.abc import Container, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from shim.cache.clean import Item
 from shim.daemon.indexfile import Head
+from shim.errors import IndexFormatError
+from shim.index import codec
 from shim.mount import lease
 
 URLS, TAGS = ".urls", ".tags"  # directories of copies of what URLs gave, and of the digests of image tags
@@ -77,6 +80,9 @@ class KeptIndexes:
         """Delete a file unless it was replaced, or somebody has it open: a start, or an archive that is read from."""
         path = self._root / item.name
         try:
+            if not _is_ours(path):
+                os.removexattr(path, NOTE)
+                return False
             if lease.in_use(path) or path.stat().st_mtime > item.last_used:
                 return False
             path.unlink()
@@ -91,11 +97,21 @@ class KeptIndexes:
         except OSError:
             pass  # it is gone, or nothing can be written there
 
+    def follow(self, item: Item) -> None:
+        """An index was used when its tree was: it keeps that time when the tree goes."""
+        path = self._root / item.name
+        try:
+            if item.last_used - path.stat().st_mtime > _STAMP_SECONDS:
+                os.utime(path, (item.last_used, item.last_used))
+        except OSError:
+            pass  # as for `touch`
+
     def sweep(self) -> None:
         """Delete what was left unfinished by processes that were killed."""
         for path, info in self._files(unfinished=True):
             if time.time() - info.st_mtime > _STALE_SECONDS:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
 
     def _files(self, *, unfinished: bool = False) -> Iterator[tuple[Path, os.stat_result]]:
         for where, directories, names in os.walk(self._root):
@@ -112,6 +128,20 @@ class KeptIndexes:
                     continue  # gone meanwhile
                 if stat.S_ISREG(info.st_mode):
                     yield path, info
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file still is what its note says: who copies another over it keeps the note. Raises
+    FileNotFoundError."""
+    hex_ = (_note(path) or "").split(" ", 1)[0]
+    if not hex_:
+        return True  # no index of ours: nothing to compare with
+    try:
+        return codec.index_digest(codec.read_file(path)) == f"sha256:{hex_}"
+    except FileNotFoundError:
+        raise
+    except (IndexFormatError, OSError):
+        return False
 
 
 def _note(path: Path) -> str | None:

@@ -170,10 +170,14 @@ class Resolver:
         """What a URL gives now, or gave last when that cannot be had for now."""
         kept = self._urls / sha256(value.encode()).hexdigest()
         known = _tag_of(kept)
-        if known and isinstance(place, OciPlace) and place.ref.digest is not None:
+        stamp(kept)
+        if not (known and isinstance(place, OciPlace) and place.ref.digest is not None):
+            self._flights.once(value, lambda: self._fetch(value, place, kept, known))
+        try:
             return os.open(kept, os.O_RDONLY | os.O_CLOEXEC)
-        self._flights.once(value, lambda: self._fetch(value, place, kept, known))
-        return os.open(kept, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # the cleaner was faster
+            self._flights.once(value, lambda: self._fetch(value, place, kept, None))
+            return os.open(kept, os.O_RDONLY | os.O_CLOEXEC)
 
     def _fetch(self, value: str, place: S3Place | OciPlace, kept: Path, known: str | None) -> None:
         with self.indexes.temporary() as path:

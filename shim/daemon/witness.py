@@ -13,6 +13,7 @@ import select
 import socket
 import sys
 import threading
+from contextlib import suppress
 
 from shim.cache.ownership import is_corpse
 from shim.daemon import notify
@@ -28,22 +29,25 @@ def leave() -> None:
     supervised = notify.supervisor() is not None
     if not supervised and not os.environ.get("NOTIFY_SOCKET"):
         return
-    channel = None if supervised else _start_watcher()
     thread = threading.Thread(target=threading.Event().wait, name="witness", daemon=True)
-    thread.start()
+    fds: list[int] = []
+    channel = None
     try:
-        fds = [os.pidfd_open(thread.native_id or 0, os.O_EXCL), os.pidfd_open(os.getpid())]  # O_EXCL: PIDFD_THREAD
-    except OSError:
-        pass  # an older kernel: the supervisor looks from time to time
-    else:
+        channel = None if supervised else _start_watcher()
+        thread.start()
+        fds.append(os.pidfd_open(thread.native_id or 0, os.O_EXCL))  # O_EXCL: PIDFD_THREAD
+        fds.append(os.pidfd_open(os.getpid()))
         if channel is not None:
             socket.send_fds(channel, [b"\n"], fds)
         else:
             notify.notify(f"{WITNESS}=1", fds[:1])
+    except OSError:
+        pass  # an older kernel, or no room for one more process: our death is seen later, that is all
+    finally:
         for fd in fds:
             os.close(fd)
-    if channel is not None:
-        channel.close()
+        if channel is not None:
+            channel.close()
 
 
 def _leave_no_core() -> None:
@@ -58,7 +62,12 @@ def _start_watcher() -> socket.socket:
     """A process that gets descriptors from here: of the witness, and of us."""
     server = os.getpid()
     ours, theirs = socket.socketpair()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:
+        ours.close()
+        theirs.close()
+        raise
     if child == 0:
         try:
             if os.fork() == 0:  # an orphan: systemd hears of the end of its own children only
@@ -67,7 +76,8 @@ def _start_watcher() -> socket.socket:
                 _watch(socket.socket(fileno=3), server)
         finally:
             os._exit(0)
-    os.waitpid(child, 0)
+    with suppress(ChildProcessError):  # whoever started us ignored SIGCHLD
+        os.waitpid(child, 0)
     theirs.close()
     return ours
 

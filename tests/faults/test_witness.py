@@ -29,6 +29,34 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.parametrize("failing", ["first fork", "second fork", "SIGCHLD ignored"])
+def test_a_server_starts_without_a_watcher(tmp_path: Path, failing: str) -> None:
+    """Processes ran out, or whoever started us ignores its children: a late notice is better than no daemon."""
+    code = f"""
+import errno, os, signal
+real, calls = os.fork, []
+def fork():
+    calls.append(1)
+    if {failing!r} == "first fork" or {failing!r} == "second fork" and os.getpid() != server:
+        raise OSError(errno.EAGAIN, "no processes")
+    return real()
+server, os.fork = os.getpid(), fork
+if {failing!r} == "SIGCHLD ignored":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+from shim.daemon import witness
+before = set(os.listdir("/proc/self/fd"))
+witness.leave()
+assert calls and set(os.listdir("/proc/self/fd")) == before
+print("left")
+"""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "notify"))
+        environ = {name: value for name, value in os.environ.items() if name != "CLIP_SHIM_SUPERVISOR"}
+        environ["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+        done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=20)
+    assert done.stdout == "left\n", done.stderr
+
+
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:

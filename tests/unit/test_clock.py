@@ -41,13 +41,30 @@ def test_a_clock_set_back_was_wrong_before() -> None:
     assert believed(ahead, Look(1001 * DAY, 12 * DAY, "a"), MAX_AGE) == 0.0
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "\0", '{"wall": "x", "up": 2, "boot": "x", "believed": 3}'])
-def test_a_note_that_cannot_be_used(tmp_path: Path, text: str) -> None:
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "\0",
+        "[" * 100_000,
+        '{"wall": "x", "up": 2, "boot": "x", "believed": 3}',
+        f'{{"wall": {HUGE}, "up": 2, "boot": "x", "believed": 3}}',
+    ],
+)
+def test_a_note_that_was_destroyed_makes_nothing_old(tmp_path: Path, text: str) -> None:
+    """It may have said that the clock went ahead."""
     (tmp_path / "clock").write_text(text)
-    assert clock.look(tmp_path, MAX_AGE, note=True) == 0.0
-    before = (tmp_path / "clock").read_text()
-    assert clock.look(tmp_path, MAX_AGE, note=False) == 0.0
-    assert (tmp_path / "clock").read_text() == before
+    before = time.time()
+    assert before <= clock.look(tmp_path, MAX_AGE, note=False) <= time.time()
+    assert (tmp_path / "clock").read_text() == text
+    since = clock.look(tmp_path, MAX_AGE, note=True)
+    assert before <= since <= time.time()
+    assert clock.look(tmp_path, MAX_AGE, note=True) == since
 
 
 def test_where_nothing_can_be_noted(tmp_path: Path) -> None:
@@ -56,8 +73,9 @@ def test_where_nothing_can_be_noted(tmp_path: Path) -> None:
 
 def test_a_jump_is_remembered(tmp_path: Path) -> None:
     clock.look(tmp_path, MAX_AGE, note=True)
-    note = clock._read(tmp_path / "clock")
+    note, is_damaged = clock._read(tmp_path / "clock")
     assert note is not None
+    assert not is_damaged
     clock._write(tmp_path / "clock", Look(note.wall - 100 * DAY, note.up, note.boot))
     since = clock.look(tmp_path, MAX_AGE, note=True)
     assert time.time() - 60 < since <= time.time()

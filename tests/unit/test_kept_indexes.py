@@ -76,6 +76,33 @@ def test_a_file_that_is_open_or_was_replaced_stays(root: Path, head: indexfile.H
     assert [path.name for path in root.rglob("*.clip")] == ["mine.clip"]
 
 
+def test_it_keeps_the_time_of_its_tree_when_that_goes(root: Path, head: indexfile.Head) -> None:
+    kept = KeptIndexes(root.parent)
+    old = time.time() - 40 * 86400
+    os.utime(root / NAME, (old, old))
+    used = time.time() - 3600
+    (item,) = kept.items([Item("tree", head.hex, 1, used)], ())
+    kept.follow(item)
+    (item,) = kept.items([], ())
+    assert item.last_used == pytest.approx(used, abs=1)
+    kept.follow(replace(item, last_used=item.last_used + 60))  # not at each start
+    assert kept.items([], ())[0].last_used == item.last_used
+    kept.follow(replace(item, name="gone"))
+
+
+def test_a_file_that_was_copied_over_one_of_ours_stays(root: Path, head: indexfile.Head) -> None:
+    """`cp` keeps the inode, and with it our note."""
+    other = sample()
+    other.config += b" "
+    codec.write_index(root / "other", other)
+    (root / NAME).write_bytes((root / "other").read_bytes())
+    kept = KeptIndexes(root.parent)
+    (item,) = kept.items([], ())
+    assert not kept.remove(item)
+    assert kept.items([], ()) == []
+    assert codec.index_digest((root / NAME).read_bytes()) != f"sha256:{head.hex}"
+
+
 def test_copies_of_urls_and_what_tags_meant(root: Path) -> None:
     """A Go clip file is no index, and a copy of it is ours all the same."""
     for name, note in ((".urls/a", note_of(None)), (".tags/b", None), (".tags/.b.tmp", None), (".urls/old", None)):
