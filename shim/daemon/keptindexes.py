@@ -81,7 +81,8 @@ class KeptIndexes:
         path = self._root / item.name
         try:
             if not _is_ours(path):
-                os.removexattr(path, NOTE)
+                with suppress(OSError):
+                    os.removexattr(path, NOTE)
                 return False
             if lease.in_use(path) or path.stat().st_mtime > item.last_used:
                 return False

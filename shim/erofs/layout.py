@@ -91,9 +91,9 @@ class Layout:
         end = self._put(self.start, len(self.body(0)), self._tail(self.folders[0]), 0)  # its number has 16 bits
         self.plain = self._plain()
         self.table = (end + NID_UNIT - 1) & -NID_UNIT
-        step = PLAIN_STRIDE // NID_UNIT
-        for place, inode in enumerate(self.plain, self.table // NID_UNIT):
-            self.nids[inode] = place + (step - 1) * (place - self.table // NID_UNIT)
+        first, step = self.table // NID_UNIT, PLAIN_STRIDE // NID_UNIT
+        for place, inode in enumerate(self.plain):
+            self.nids[inode] = first + step * place
         self.others = self._rest()
         end = self._place(self.table + PLAIN_STRIDE * len(self.plain))
         self.data_start = (end + BLOCK - 1) >> BLOCK_BITS
