@@ -42,7 +42,6 @@ from shim.index.spanfile import SpanFile, write_span_file
 
 META_VERSION = 2
 IMAGE_VERSION = 2  # raise it when shim/erofs writes other images: those that are kept are then made again
-_DIR = 0o04  # st_mode >> 12
 _MAX_LINKS = 40  # Linux: MAXSYMLINKS
 _MAX_STEPS = 100_000  # names that are looked up for all of a root's symlinks; a distribution's take about a hundred
 _SEAL = struct.Struct("<8sIIQ488x")  # magic, image version, CRC-32 and length of what stands before; one block
@@ -108,7 +107,7 @@ def prepare_tree(directory: str, erofs: bool = True) -> dict[str, Any]:
         _try_image(base, index, tree)
     return {
         "symlinks": _root_symlinks(tree),
-        "dirs": [name for name in ("proc", "dev", "sys") if _is_dir(tree, tree.child(0, name.encode()))],
+        "dirs": [name for name in ("proc", "dev", "sys") if _has_dir(tree, name.encode())],
         "probes": _probes(tree),
     }
 
@@ -222,8 +221,9 @@ def _commit(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-def _is_dir(tree: FlatTree, inode: int | None) -> bool:
-    return inode is not None and tree.attributes[tree.attribute_of[inode]].kind == _DIR
+def _has_dir(tree: FlatTree, name: bytes) -> bool:
+    inode = tree.child(0, name)
+    return inode is not None and tree.directory_of(inode) is not None
 
 
 def _root_symlinks(tree: FlatTree) -> dict[str, dict[str, object]]:

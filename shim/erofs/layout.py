@@ -85,7 +85,8 @@ class Layout:
         self.index_bytes = 0
         self.xattr_bytes = 0
         self.bodies = self._xattrs()
-        self.folders = [Folder(tree, number) for number in range(len(tree.directories))]
+        made = (Folder(tree, number) for number in range(len(tree.directories)))
+        self.folders = {folder.inode: folder for folder in made}  # in preorder
         # the checksum covers the superblock's block: nothing but the device table shares it
         self.start = max(DEVICE_TABLE_OFFSET + len(sizes) * DEVICE_SLOT.size, SUPER_OFFSET + BLOCK)
         end = self._put(self.start, len(self.body(0)), self._tail(self.folders[0]), 0)  # its number has 16 bits
@@ -140,12 +141,9 @@ class Layout:
     def _rest(self) -> list[list[int]]:
         tree, nids = self.tree, self.nids
         others: list[list[int]] = [[] for _ in tree.directories]
-        seen = 0  # inodes are numbered by their first names
-        for entry, inode in enumerate(tree.inodes):
-            if inode > seen:
-                seen = inode
-                if not nids[inode]:
-                    others[tree.parents[entry]].append(inode)
+        for inode, entry in enumerate(tree.first_entries()):
+            if not nids[inode]:
+                others[tree.parents[entry]].append(inode)
         return others
 
     def _put(self, end: int, xattr_size: int, tail: int, inode: int) -> int:
@@ -177,15 +175,14 @@ class Layout:
     def _place(self, end: int) -> int:
         """For each directory its entries, if they do not lie behind its inode, and the inodes of `others`."""
         tree = self.tree
-        numbers = {directory.inode: number for number, directory in enumerate(tree.directories)}
-        for folder, inodes in zip(self.folders, self.others, strict=True):
+        for folder, inodes in zip(self.folders.values(), self.others, strict=True):
             if folder.size > MAX_TAIL:
                 folder.block = (end + BLOCK - 1) >> BLOCK_BITS
                 end = (folder.block + len(folder.counts)) << BLOCK_BITS
             for inode in inodes:
                 size, kind = len(self.body(inode)), tree.attributes[tree.attribute_of[inode]].kind
                 if kind == _DIR:
-                    end = self._put(end, size, self._tail(self.folders[numbers[inode]]), inode)
+                    end = self._put(end, size, self._tail(self.folders[inode]), inode)
                 elif kind == _LNK:
                     end = self._put_symlink(end, inode)
                 elif kind == _REG:

@@ -106,7 +106,6 @@ class _Writer:
         self.gathered = 0
         kinds = [FILE_TYPES[attributes.kind] for attributes in layout.tree.attributes]
         self.types = [kinds[number] for number in layout.tree.attribute_of]
-        self.folders = {folder.inode: folder for folder in layout.folders}
 
     def write(self) -> ImageInfo:
         layout = self.layout
@@ -117,7 +116,7 @@ class _Writer:
         self._pad(layout.table)
         self._emit(self._plain_files())
         self._flush()
-        for folder, inodes in zip(layout.folders, layout.others, strict=True):
+        for folder, inodes in zip(layout.folders.values(), layout.others, strict=True):
             if folder.size > MAX_TAIL:
                 self._pad(folder.block << BLOCK_BITS)
                 self._emit(self._dirents(folder).ljust(len(folder.counts) << BLOCK_BITS, b"\0"))
@@ -213,7 +212,7 @@ class _Writer:
         kind = tree.attributes[tree.attribute_of[inode]].kind
         self._pad(layout.nids[inode] << 5)
         if kind == _DIR:
-            folder = self.folders[inode]
+            folder = layout.folders[inode]
             if folder.size > MAX_TAIL:
                 self._pack(inode, FORMAT_PLAIN, folder.size, folder.block)
             else:

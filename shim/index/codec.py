@@ -14,6 +14,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -141,34 +142,37 @@ def _check_size(tag: bytes, size: int) -> None:
         raise IndexFormatError(f"the image is too large: section {tag.decode()} would take {size} bytes")
 
 
+@contextmanager
+def _opened(data: Data) -> Iterator[Container]:
+    """A file's sections, while inside. Raises IndexFormatError."""
+    with memoryview(data) as view, view.cast("B") as flat:
+        box = container.parse(flat, frozenset(LIMITS))
+        try:
+            yield box
+        finally:
+            box.view.release()
+
+
 def decode(data: Data, *, tree: bool = True, spans: bool = True) -> Index:
     """The index in a file's bytes. What is switched off is neither read nor checked, and comes out empty: `tree` as a
     bare root directory, `spans` as tables without spans (and no start profile).
 
     Raises IndexFormatError: not an index, damaged, hostile, or of a version this one does not know.
     """
-    with memoryview(data) as view, view.cast("B") as flat:
-        box = container.parse(flat, frozenset(LIMITS))
-        try:
-            index, meta = _read_head(box)
-            if spans:
-                _read_spans(box, index, meta)
-            if tree:
-                index.tree = _read_tree(box, index, meta).nodes()
-            return index
-        finally:
-            box.view.release()
+    with _opened(data) as box:
+        index, meta = _read_head(box)
+        if spans:
+            _read_spans(box, index, meta)
+        if tree:
+            index.tree = _read_tree(box, index, meta).nodes()
+        return index
 
 
 def decode_flat(data: Data) -> tuple[Index, FlatTree]:
     """The index without spans and tree, and its tree as columns. Raises IndexFormatError as `decode`."""
-    with memoryview(data) as view, view.cast("B") as flat:
-        box = container.parse(flat, frozenset(LIMITS))
-        try:
-            index, meta = _read_head(box)
-            return index, _read_tree(box, index, meta)
-        finally:
-            box.view.release()
+    with _opened(data) as box:
+        index, meta = _read_head(box)
+        return index, _read_tree(box, index, meta)
 
 
 def decode_tree(data: Data) -> Tree:
@@ -182,32 +186,26 @@ def summary(data: Data) -> dict[str, Any]:
 
     Raises IndexFormatError as `decode`.
     """
-    with memoryview(data) as view, view.cast("B") as flat:
-        box = container.parse(flat, frozenset(LIMITS))
-        try:
-            index, meta = _read_head(box)
-        finally:
-            box.view.release()
-        return {
-            "image": index.image,
-            "digest": index.digest,
-            "platform": index.platform,
-            "layers": len(index.layers),
-            "entries": meta["entries"],
-            "image_bytes": sum(layer.size for layer in index.layers),
-            "index_bytes": len(flat),
-            "seek_points": meta["seek_points"],
-        }
+    with _opened(data) as box:
+        index, meta = _read_head(box)
+    with memoryview(data) as view:
+        size = view.nbytes
+    return {
+        "image": index.image,
+        "digest": index.digest,
+        "platform": index.platform,
+        "layers": len(index.layers),
+        "entries": meta["entries"],
+        "image_bytes": sum(layer.size for layer in index.layers),
+        "index_bytes": size,
+        "seek_points": meta["seek_points"],
+    }
 
 
 def archive_of(data: Data) -> Archive | None:
     """Where the data are, if an index's are in an archive; little is read. Raises IndexFormatError."""
-    with memoryview(data) as view, view.cast("B") as flat:
-        box = container.parse(flat, frozenset(LIMITS))
-        try:
-            return _read_head(box)[0].archive if ARCHIVE in box.sections else None
-        finally:
-            box.view.release()
+    with _opened(data) as box:
+        return _read_head(box)[0].archive if ARCHIVE in box.sections else None
 
 
 def write_index(path: str | os.PathLike[str], index: Index) -> str:

@@ -184,7 +184,11 @@ class _Flattener:
 
 def show_path(flat: FlatTree, entry: int) -> str:
     """A path for an error message: its beginning and its end, if it is long."""
-    path = flat.path(entry)
-    path = path if len(path) <= 300 else path[:150] + b"..." + path[-150:]
-    text = path.decode("utf-8", "backslashreplace")
+    text = cut_path(flat.path(entry))
     return text if text.isprintable() else ascii(text)
+
+
+def cut_path(path: bytes) -> str:
+    """The beginning and the end of a path, as text."""
+    path = path if len(path) <= 300 else path[:150] + b"..." + path[-150:]
+    return path.decode("utf-8", "backslashreplace")

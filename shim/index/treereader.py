@@ -207,7 +207,7 @@ class _Decoder:
         _check_length("header_blocks", len(blocks), len(self._sizes))
         steps = [BLOCK * count for count in blocks]
         ends, limits, layers, offsets = [0] * len(blocks), self._sizes, flat.layers, flat.offsets
-        entries = [entry for entry, code in enumerate(self._codes) if code]  # the first of each inode
+        entries = flat.first_entries()
         numbers = iter(self._numbers("extent_layers", extra=MAX_EXTENTS))
         codes = iter(self._numbers("extent_offsets", extra=MAX_EXTENTS))
         gaps = iter(self._numbers("extent_gaps", 2, extra=2 * MAX_EXTENTS))

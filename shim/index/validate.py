@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from shim.errors import IndexFormatError
-from shim.index.flat import Attributes
+from shim.index.flat import Attributes, cut_path
 from shim.index.model import WINDOW_SIZE, Compression, Index, Layer, Node, Restart, SpanTable, Tree
 from shim.index.sparse import SparseWindows
 
@@ -270,5 +270,4 @@ def _attributes_problem(mode: int, uid: int, gid: int, xattrs: tuple[tuple[bytes
 
 
 def _show(base: bytes, name: bytes = b"") -> str:
-    path = base + b"/" + name if name else base or b"/"
-    return (path if len(path) <= 300 else path[:150] + b"..." + path[-150:]).decode("utf-8", "backslashreplace")
+    return cut_path(base + b"/" + name if name else base or b"/")
